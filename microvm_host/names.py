@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: MIT
+"""What VMs, interfaces, shares and PCI devices may be called, and the names made from them.
+
+Each check takes untrusted text and gives back the name to use, or raises NameInvalid with the
+value and the rule that it breaks. A name is never cut short, expanded or mended. No regular
+expressions: importing `re` costs as long as all of a helper's own work.
+"""
+
+from __future__ import annotations
+
+from .errors import NameInvalid
+
+_DIGITS = frozenset("0123456789")
+_HEX = _DIGITS | frozenset("abcdef")
+_ALPHANUMERIC = _DIGITS | frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+# What a unit's instance name may hold unescaped (systemd.unit(5)), less `@` and `\`.
+_VM_NAME = _ALPHANUMERIC | frozenset(":_.-")
+
+# A host name's limit (RFC 1035): the guest is likely to be called the same.
+VM_NAME_MAX = 63
+# IFNAMSIZ of linux/if.h is 16, with the final NUL.
+INTERFACE_NAME_MAX = 15
+# virtio 1.2, 5.11.4: the tag is a field of 36 bytes.
+TAG_MAX = 36
+
+MACVTAP_MODES = ("private", "vepa", "bridge", "passthru", "source")
+
+
+def vm_name(text: str) -> str:
+    """Check the name of a VM, which is a directory and a unit's instance at once."""
+    if not text:
+        raise NameInvalid("the name of a VM is empty")
+    if not _VM_NAME.issuperset(text) or text[0] in ".-":
+        raise NameInvalid(
+            f"{text!r} cannot be the name of a VM",
+            hint="letters, digits, ':', '_', '.' and '-' can, not beginning with '.' or '-'",
+        )
+    if len(text) > VM_NAME_MAX:
+        raise NameInvalid(f"the VM's name {text!r} is longer than {VM_NAME_MAX} characters")
+    return text
+
+
+def interface_name(text: str) -> str:
+    """Check the name of a network interface (the kernel's dev_valid_name(), and no `%`)."""
+    if not text:
+        raise NameInvalid("an interface name is empty")
+    if text in (".", "..") or not text.isprintable():
+        raise NameInvalid(f"{text!r} cannot be an interface name")
+    if len(text.encode()) > INTERFACE_NAME_MAX:
+        raise NameInvalid(
+            f"interface name {text!r} is longer than {INTERFACE_NAME_MAX} bytes",
+            hint="the kernel would cut it short",
+        )
+    # `%d` would make the kernel pick a number: the interface would have another name.
+    for character in "/ :%":
+        if character in text:
+            raise NameInvalid(f"interface name {text!r} holds {character!r}")
+    return text
+
+
+def share_tag(text: str) -> str:
+    """Check a virtiofs tag, which may nest by `/`."""
+    if not text or not text.isprintable():
+        raise NameInvalid(f"{text!r} cannot be a share's tag")
+    if any(part in ("", ".", "..") for part in text.split("/")):
+        raise NameInvalid(
+            f"the share's tag {text!r} has an empty, '.' or '..' part",
+            hint="a tag may nest, but not leave its directory",
+        )
+    if len(text.encode()) > TAG_MAX:
+        raise NameInvalid(f"the share's tag {text!r} is longer than {TAG_MAX} bytes")
+    return text
+
+
+def mac_address(text: str) -> str:
+    """Check a MAC address of a guest; gives it in lower case."""
+    parts = text.lower().split(":")
+    if len(parts) != 6 or not all(len(part) == 2 and _HEX.issuperset(part) for part in parts):
+        raise NameInvalid(f"{text!r} is not a MAC address", hint="it looks like 02:00:00:00:00:01")
+    if int(parts[0], 16) & 1:
+        raise NameInvalid(f"MAC address {text!r} is a multicast address")
+    if set(parts) == {"00"}:
+        raise NameInvalid(f"MAC address {text!r} is all zeroes")
+    return ":".join(parts)
+
+
+def pci_address(text: str) -> str:
+    """Check a PCI address or a glob of one; gives it in full and in lower case.
+
+    `01:00.1` gives `0000:01:00.1`; each field may be `*` (`*:02:00.0`), and a domain may have
+    five digits, as Intel's VMD gives them.
+    """
+    invalid = NameInvalid(
+        f"{text!r} is not a PCI address", hint="it looks like 0000:01:00.0, as lspci -D prints it"
+    )
+    fields = text.lower().split(":")
+    if len(fields) == 2:
+        fields.insert(0, "0000")
+    if len(fields) != 3:
+        raise invalid
+    domain, bus, device_function = fields
+    device, dot, function = device_function.partition(".")
+    if not dot:
+        raise invalid
+    for field, lengths, largest in (
+        (domain, (4, 5), 0xFFFFF),
+        (bus, (2,), 0xFF),
+        (device, (2,), 0x1F),
+        (function, (1,), 7),
+    ):
+        if field == "*":
+            continue
+        if len(field) not in lengths or not _HEX.issuperset(field) or int(field, 16) > largest:
+            raise invalid
+    return f"{domain}:{bus}:{device}.{function}"
+
+
+def machine_uuid(text: str) -> str:
+    """Check a UUID; gives it in lower case with its dashes."""
+    digits = text.lower().replace("-", "")
+    if len(digits) != 32 or not _HEX.issuperset(digits) or text.count("-") not in (0, 4):
+        raise NameInvalid(f"{text!r} is not a UUID")
+    parts = (digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:])
+    whole = "-".join(parts)
+    if "-" in text and text.lower() != whole:
+        raise NameInvalid(f"{text!r} is not a UUID")
+    return whole
+
+
+def escape(text: str) -> str:
+    """Escape text for a unit's name as systemd-escape(1) does (systemd.unit(5))."""
+    escaped = []
+    for position, byte in enumerate(text.encode()):
+        character = chr(byte)
+        if character == "/":
+            escaped.append("-")
+        elif character in _ALPHANUMERIC or character in ":_" or (character == "." and position):
+            escaped.append(character)
+        else:
+            escaped.append(f"\\x{byte:02x}")
+    return "".join(escaped)
+
+
+def unit(name: str) -> str:
+    """The unit that runs a VM. Names of VMs need no escaping."""
+    return f"microvm@{name}.service"
+
+
+def share_unit(name: str, tag: str, suffix: str) -> str:
+    """The transient unit of one share; `suffix` is `.socket` or `.service`.
+
+    Escaped names hold no bare `-`, so that the VM `a` with the tag `b-c` and the VM `a-b` with the
+    tag `c` do not meet in one name.
+    """
+    return f"microvm-virtiofsd-{escape(name)}-{escape(tag)}{suffix}"

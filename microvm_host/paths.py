@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: MIT
+"""Every path of the host in one place.
+
+The environment variable MICROVM_HOST_ROOT re-roots all of them, so that tests and images can
+work on a tree of their own. Nothing else in the toolkit writes down a path of the host.
+"""
+
+from __future__ import annotations
+
+import os
+
+from .frozen import frozen
+
+# Where distributions put virtiofsd, best first: it is never in $PATH, since it is no command for
+# people. The one below qemu/ is QEMU's former C program, with options of its own.
+VIRTIOFSD_PLACES = (
+    "/usr/local/libexec/virtiofsd",
+    "/usr/libexec/virtiofsd",
+    "/usr/lib/virtiofsd",
+    "/usr/libexec/qemu/virtiofsd",
+    "/usr/lib/qemu/virtiofsd",
+    "/usr/bin/virtiofsd",
+)
+
+MICROVM_RUN = "bin/microvm-run"
+MICROVM_SHUTDOWN = "bin/microvm-shutdown"
+VIRTIOFSD_RUN = "bin/virtiofsd-run"
+
+
+@frozen
+class HostPaths:
+    """The host's paths below `root` (`/` but in tests and images)."""
+
+    root: str = "/"
+
+    @classmethod
+    def from_environment(cls) -> HostPaths:
+        """The paths below $MICROVM_HOST_ROOT, `/` without it."""
+        return cls(os.environ.get("MICROVM_HOST_ROOT") or "/")
+
+    def at(self, path: str) -> str:
+        """`path`, an absolute path of the host, below the root."""
+        return path if self.root == "/" else self.root.rstrip("/") + path
+
+    @property
+    def state(self) -> str:
+        """Holds one directory a VM, as on NixOS."""
+        return self.at("/var/lib/microvms")
+
+    def vm(self, name: str) -> str:
+        """The state directory of one VM and the working directory of its hypervisor."""
+        return f"{self.state}/{name}"
+
+    def current(self, name: str) -> str:
+        """Link to the package that the next start runs."""
+        return f"{self.vm(name)}/current"
+
+    def booted(self, name: str) -> str:
+        """Link to the package that runs now; absent while the VM is down."""
+        return f"{self.vm(name)}/booted"
+
+    @property
+    def declarations(self) -> str:
+        """Holds one NAME.toml a declared VM."""
+        return self.at("/etc/microvms")
+
+    def declaration(self, name: str) -> str:
+        return f"{self.declarations}/{name}.toml"
+
+    @property
+    def records(self) -> str:
+        """Holds one directory a VM, with a record of each thing that was set up for it."""
+        return self.at("/run/microvm-host")
+
+    def record(self, name: str, what: str) -> str:
+        return f"{self.records}/{name}/{what}"
+
+    def net_device(self, interface: str) -> str:
+        """The sysfs directory of a network interface (sysfs-class-net(5))."""
+        return self.at(f"/sys/class/net/{interface}")
+
+    def ipv6_setting(self, interface: str, key: str) -> str:
+        return self.at(f"/proc/sys/net/ipv6/conf/{interface}/{key}")
+
+    def macvtap_node(self, ifindex: int) -> str:
+        return self.at(f"/dev/tap{ifindex}")
+
+    @property
+    def tun(self) -> str:
+        return self.at("/dev/net/tun")
+
+    @property
+    def journal_socket(self) -> str:
+        """Where journald takes structured messages (systemd.journal-fields(7))."""
+        return self.at("/run/systemd/journal/socket")
+
+    @property
+    def kmsg(self) -> str:
+        return self.at("/dev/kmsg")
+
+    @property
+    def systemd_private_socket(self) -> str:
+        """systemd's own D-Bus socket, for root, which works without a bus."""
+        return self.at("/run/systemd/private")
+
+    @property
+    def gc_roots(self) -> str:
+        """Links here keep what they point to from nix's garbage collector."""
+        return self.at("/nix/var/nix/gcroots/microvm")
+
+    def virtiofsd_places(self) -> tuple[str, ...]:
+        return tuple(self.at(place) for place in VIRTIOFSD_PLACES)

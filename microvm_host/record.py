@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: MIT
+"""Records of what was set up for a running VM, from which it is undone.
+
+A record is a file of lines below /run/microvm-host/NAME/, one step a line: a verb and its fields,
+apart by tabs. A line is written before the step takes hold, so that a helper that is killed
+leaves nothing unrecorded; undoing therefore bears with steps that never happened. The file
+belongs to root, as does its directory: what it says is believed.
+"""
+
+from __future__ import annotations
+
+import os
+
+from .errors import MicrovmHostError
+
+
+class Record:
+    """One record, by its path."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def append(self, *fields: str) -> None:
+        """Write a line down, the directory too if need be.
+
+        Raises:
+            MicrovmHostError: it cannot be written, so the step must not be taken.
+            ValueError: a field holds a tab or a line break, which the callers' checks exclude.
+        """
+        line = "\t".join(fields)
+        if "\n" in line or line.count("\t") != len(fields) - 1:
+            raise ValueError(f"a record's fields cannot hold {fields!r}")
+        try:
+            os.makedirs(os.path.dirname(self.path), mode=0o755, exist_ok=True)
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            target = os.open(self.path, flags, 0o644)
+            try:
+                whole = f"{line}\n".encode()
+                if os.write(target, whole) != len(whole):
+                    raise MicrovmHostError("the record could not be written whole", path=self.path)
+            finally:
+                os.close(target)
+        except OSError as error:
+            raise MicrovmHostError(
+                f"the record cannot be written: {error.strerror}", path=self.path
+            ) from error
+
+    def read(self) -> list[list[str]]:
+        """The lines, oldest first, as lists of fields; none if there is no record."""
+        try:
+            with open(self.path, encoding="utf-8") as source:
+                # A line without its end was being written when its writer was killed: the step
+                # that it announces was not taken.
+                return [line[:-1].split("\t") for line in source if line.endswith("\n")]
+        except FileNotFoundError:
+            return []
+
+    def clear(self) -> None:
+        """Forget everything, the VM's directory of records too if this was the last one."""
+        try:
+            os.unlink(self.path)
+        except FileNotFoundError:
+            return
+        try:
+            os.rmdir(os.path.dirname(self.path))
+        except OSError:
+            # Another record is still there.
+            pass
+
+
+def holders(records: str, what: str, fields: tuple[str, ...]) -> list[str]:
+    """The VMs whose record `what` has a line that begins with `fields`.
+
+    Args:
+        records: the directory of all records.
+    """
+    try:
+        vms = sorted(os.listdir(records))
+    except FileNotFoundError:
+        return []
+    return [
+        vm
+        for vm in vms
+        if any(
+            tuple(line[: len(fields)]) == fields for line in Record(f"{records}/{vm}/{what}").read()
+        )
+    ]
