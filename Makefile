@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: MIT
+# make demo      boots a throw-away host and runs a microVM in it
+# make test      all tests, in throw-away hosts; installs what they need
+# make check     format, types, unit, golden and static tests: no root, under a minute
+# make install   into this machine (DESTDIR, PREFIX and the directories below are honoured)
+
+PREFIX ?= /usr/local
+DESTDIR ?=
+PYTHON ?= /usr/bin/python3
+
+bindir ?= $(PREFIX)/bin
+libdir ?= $(PREFIX)/lib
+datarootdir ?= $(PREFIX)/share
+mandir ?= $(datarootdir)/man
+bashcompletiondir ?= $(datarootdir)/bash-completion/completions
+pkgdir ?= $(libdir)/microvm-host
+unitdir ?= $(libdir)/systemd/system
+generatordir ?= $(libdir)/systemd/system-generators
+presetdir ?= $(libdir)/systemd/system-preset
+sysusersdir ?= $(libdir)/sysusers.d
+tmpfilesdir ?= $(libdir)/tmpfiles.d
+modulesloaddir ?= $(libdir)/modules-load.d
+
+# Not a setting: tmpfiles.d, the man pages and the Python code name it too.
+statedir = /var/lib/microvms
+
+INSTALL ?= install
+FILL = sed -e 's|@python@|$(PYTHON)|g' -e 's|@pkgdir@|$(pkgdir)|g' \
+	-e 's|@libexecdir@|$(pkgdir)|g' -e 's|@unitdir@|$(unitdir)|g' -e 's|@statedir@|$(statedir)|g'
+
+UNITS = $(patsubst units/%.in,%,$(wildcard units/*.in))
+PLAIN_UNITS = $(notdir $(wildcard units/*.target))
+PACKAGES = $(sort $(dir $(wildcard microvm_host/*.py microvm_host/*/*.py)))
+MANPAGES = $(notdir $(wildcard man/*.[1-8]))
+
+.PHONY: all install uninstall
+all:
+	@sed -n 's/^# make/make/p' Makefile
+
+install:
+	$(INSTALL) -d $(addprefix $(DESTDIR),$(bindir) $(unitdir) $(generatordir) $(presetdir) \
+		$(sysusersdir) $(tmpfilesdir) $(modulesloaddir) $(bashcompletiondir) \
+		$(addprefix $(pkgdir)/,$(PACKAGES)) \
+		$(addprefix $(mandir)/man,$(sort $(subst .,,$(suffix $(MANPAGES))))))
+	for package in $(PACKAGES); do \
+		$(INSTALL) -m 644 $$package*.py $(DESTDIR)$(pkgdir)/$$package || exit 1; done
+	for unit in $(UNITS); do $(FILL) units/$$unit.in > $(DESTDIR)$(unitdir)/$$unit || exit 1; \
+		chmod 644 $(DESTDIR)$(unitdir)/$$unit; done
+	for unit in $(PLAIN_UNITS); do \
+		$(INSTALL) -m 644 units/$$unit $(DESTDIR)$(unitdir) || exit 1; done
+	$(FILL) bin/helper.in > $(DESTDIR)$(pkgdir)/helper
+	$(FILL) bin/microvm.in > $(DESTDIR)$(bindir)/microvm
+	$(FILL) bin/microvm-generator.in > $(DESTDIR)$(generatordir)/microvm-generator
+	chmod 755 $(DESTDIR)$(pkgdir)/helper $(DESTDIR)$(bindir)/microvm \
+		$(DESTDIR)$(generatordir)/microvm-generator
+	$(INSTALL) -m 644 data/sysusers.conf $(DESTDIR)$(sysusersdir)/microvm-host.conf
+	$(INSTALL) -m 644 data/tmpfiles.conf $(DESTDIR)$(tmpfilesdir)/microvm-host.conf
+	$(INSTALL) -m 644 data/modules-load.conf $(DESTDIR)$(modulesloaddir)/microvm-host.conf
+	$(INSTALL) -m 644 data/preset $(DESTDIR)$(presetdir)/90-microvm-host.preset
+	for page in $(MANPAGES); do \
+		$(INSTALL) -m 644 man/$$page $(DESTDIR)$(mandir)/man$${page##*.} || exit 1; done
+	if [ -e completion/microvm.bash ]; then \
+		$(INSTALL) -m 644 completion/microvm.bash $(DESTDIR)$(bashcompletiondir)/microvm; fi
+	# Compiled once here instead of at every start: the helpers run isolated, and some of them
+	# as users who could not write the result. The path is the one that it will run from.
+	$(PYTHON) -m compileall -q -f -s "$(DESTDIR)" -p / $(DESTDIR)$(pkgdir)/microvm_host
+ifeq ($(DESTDIR),)
+	systemd-sysusers $(sysusersdir)/microvm-host.conf
+	systemd-tmpfiles --create $(tmpfilesdir)/microvm-host.conf
+	if [ -d /run/systemd/system ]; then \
+		systemctl daemon-reload; \
+		systemctl preset microvms.target; \
+		for module in $$(sed -n '/^[a-z]/p' data/modules-load.conf); do \
+			modprobe -q $$module || true; done; \
+	fi
+endif
+
+# VMs, their state and their declarations stay, and so does the user who owns files of theirs.
+uninstall:
+ifeq ($(DESTDIR),)
+	@if [ -d /run/systemd/system ] && systemctl -q is-active 'microvm@*.service'; then \
+		echo "microVMs are running: stop them first, with systemctl stop 'microvm@*'" >&2; \
+		exit 1; fi
+	if [ -d /run/systemd/system ]; then systemctl disable microvms.target; fi
+endif
+	rm -rf $(DESTDIR)$(pkgdir)
+	rm -f $(DESTDIR)$(bindir)/microvm $(DESTDIR)$(generatordir)/microvm-generator \
+		$(addprefix $(DESTDIR)$(unitdir)/,$(UNITS) $(PLAIN_UNITS)) \
+		$(DESTDIR)$(sysusersdir)/microvm-host.conf $(DESTDIR)$(tmpfilesdir)/microvm-host.conf \
+		$(DESTDIR)$(modulesloaddir)/microvm-host.conf \
+		$(DESTDIR)$(presetdir)/90-microvm-host.preset $(DESTDIR)$(bashcompletiondir)/microvm
+	for page in $(MANPAGES); do rm -f $(DESTDIR)$(mandir)/man$${page##*.}/$$page; done
+ifeq ($(DESTDIR),)
+	rmdir --ignore-fail-on-non-empty /run/microvm-host 2>/dev/null || true
+	if [ -d /run/systemd/system ]; then systemctl daemon-reload; fi
+endif

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: MIT
+"""A declaration, `/etc/microvms/NAME.toml`, read and checked.
+
+A file goes in, a frozen value comes out, or DeclarationError says file, line, key and value. The
+generator reads declarations at boot: this package imports nothing but the standard library,
+`errors`, `frozen`, `names` and `source`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+
+from .. import names
+from ..errors import DeclarationError, NameInvalid
+from ..frozen import frozen
+from ..source import Source
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+_KEYS = {"runner": str, "flake": str, "autostart": bool, "restart_if_changed": bool}
+_TYPE_WORDS = {str: "a string", bool: "true or false"}
+
+
+@frozen
+class Declaration:
+    """One declared VM."""
+
+    name: str
+    source: Source
+    autostart: bool = True
+    restart_if_changed: bool = True
+
+
+def name_of(path: str) -> str:
+    """The name of the VM that a file declares, which is the file's without `.toml`.
+
+    Raises:
+        DeclarationError: it cannot be the name of a VM.
+    """
+    try:
+        return names.vm_name(os.path.basename(path).removesuffix(".toml"))
+    except NameInvalid as error:
+        raise DeclarationError(error.message, path=path, hint=error.hint) from error
+
+
+def load(path: str) -> Declaration:
+    """Read one declaration.
+
+    Raises:
+        DeclarationError: it is not there or not right.
+    """
+    name = name_of(path)
+    try:
+        with open(path, "rb") as source:
+            text = source.read().decode()
+    except UnicodeDecodeError as error:
+        raise DeclarationError("is not UTF-8 text", path=path) from error
+    except FileNotFoundError as error:
+        raise DeclarationError(
+            f"microVM {name} is not declared: there is no such file", path=path
+        ) from error
+    except OSError as error:
+        raise DeclarationError(f"cannot be read: {error.strerror}", path=path) from error
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        message, line = _syntax_error(str(error))
+        raise DeclarationError(f"is not TOML: {message}", path=path, line=line) from error
+    _check_keys(table, text, path)
+    return Declaration(
+        name=name,
+        source=_source(table, text, path),
+        autostart=table.get("autostart", True),
+        restart_if_changed=table.get("restart_if_changed", True),
+    )
+
+
+def _syntax_error(message: str) -> tuple[str, int | None]:
+    """Take apart what tomllib says: `Invalid value (at line 3, column 5)`."""
+    text, _, place = message.rpartition(" (at line ")
+    number = place.partition(",")[0]
+    return (text, int(number)) if text and number.isdigit() else (message, None)
+
+
+def _check_keys(table: dict[str, Any], text: str, path: str) -> None:
+    for key, value in table.items():
+        line = _line_of(key, text)
+        if key not in _KEYS:
+            near = difflib.get_close_matches(key, _KEYS, 1)
+            raise DeclarationError(
+                f"there is no key {key!r}",
+                path=path,
+                line=line,
+                hint=f"did you mean {near[0]}?" if near else f"known are {', '.join(_KEYS)}",
+            )
+        if type(value) is not _KEYS[key]:
+            raise DeclarationError(
+                f"{key} = {value!r} is not {_TYPE_WORDS[_KEYS[key]]}", path=path, line=line
+            )
+
+
+def _source(table: dict[str, Any], text: str, path: str) -> Source:
+    given = [key for key in ("runner", "flake") if key in table]
+    if len(given) != 1:
+        raise DeclarationError(
+            "has both runner and flake" if given else "says not what to run",
+            path=path,
+            line=_line_of("flake", text) if given else None,
+            hint='give one of runner = "/path/to/package" and flake = "…"',
+        )
+    try:
+        return Source(given[0], table[given[0]]).checked()
+    except NameInvalid as error:
+        raise DeclarationError(
+            error.message, path=path, line=_line_of(given[0], text), hint=error.hint
+        ) from error
+
+
+def _line_of(key: str, text: str) -> int | None:
+    """The line that sets a key, for messages; None where the key is written unusually."""
+    for number, line in enumerate(text.split("\n"), 1):
+        word = line.partition("=")[0].strip().strip("\"'")
+        if word == key or line.strip().strip("[]").strip() == key:
+            return number
+    return None

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: MIT
+"""The verbs that the units call: `helper VERB NAME`.
+
+Each verb is one short function that imports just what it needs: these run between `systemctl
+start` and the hypervisor, where every import counts. Nothing here is for people to call.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from . import log, names
+from .errors import EXIT_FAILED, EXIT_USAGE, MicrovmHostError, NameInvalid, PackageError
+from .paths import MICROVM_RUN, MICROVM_SHUTDOWN, HostPaths
+from .record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .identity import Identity
+
+# Longer than guests take that stop services in order; systemd's own patience,
+# DefaultTimeoutStopSec=, is as long.
+SHUTDOWN_SECONDS = 90.0
+
+
+def set_booted(name: str, host: HostPaths) -> None:
+    """Check all of the package and make it the booted one: the rest of the start reads that."""
+    from . import runner, state, systemd
+
+    state.check_current(name, host)
+    package = runner.load(host.current(name))
+    identity = systemd.identity(name)
+    state.prepare(name, identity.gid, host)
+    remembered = _identity_record(name, host)
+    remembered.clear()
+    remembered.append(identity.user, str(identity.uid), identity.group, str(identity.gid))
+    state.link(host.booted(name), package.path)
+
+
+def unset_booted(name: str, host: HostPaths) -> None:
+    """Forget what ran."""
+    try:
+        os.unlink(host.booted(name))
+    except FileNotFoundError:
+        pass
+    _identity_record(name, host).clear()
+
+
+def taps_up(name: str, host: HostPaths) -> None:
+    from . import links, plan, runner
+
+    taps = runner.load_taps(host.booted(name))
+    steps = links.plan_taps(name, taps, _identity(name, host), host)
+    record = Record(host.record(name, "tap-interfaces"))
+    plan.carry_out(steps, record, lambda done: links.undo_taps(done, host))
+    log.status(f"{len(steps)} taps are up")
+
+
+def taps_down(name: str, host: HostPaths) -> None:
+    from . import links, plan
+
+    record = Record(host.record(name, "tap-interfaces"))
+    plan.take_back(record, lambda done: links.undo_taps(done, host))
+
+
+def macvtaps_up(name: str, host: HostPaths) -> None:
+    from . import links, plan, runner
+
+    macvtaps = runner.load_macvtaps(host.booted(name))
+    steps = links.plan_macvtaps(macvtaps, _identity(name, host), host)
+    record = Record(host.record(name, "macvtap-interfaces"))
+    plan.carry_out(steps, record, lambda done: links.undo_macvtaps(done, host))
+    log.status(f"{len(steps)} macvtaps are up")
+
+
+def macvtaps_down(name: str, host: HostPaths) -> None:
+    from . import links, plan
+
+    record = Record(host.record(name, "macvtap-interfaces"))
+    plan.take_back(record, lambda done: links.undo_macvtaps(done, host))
+
+
+def shares_up(name: str, host: HostPaths) -> None:
+    from . import plan, runner, shares, systemd
+
+    package = os.path.realpath(host.booted(name))
+    connection = systemd.Connection(host.systemd_private_socket)
+    try:
+        steps = shares.plan(
+            name,
+            package,
+            runner.load_shares(package),
+            _identity(name, host),
+            host,
+            connection,
+        )
+        record = Record(host.record(name, "virtiofsd"))
+        plan.carry_out(steps, record, lambda done: shares.undo(done, systemd.stop))
+    finally:
+        connection.close()
+    log.status(f"listening for {len(steps)} shares")
+
+
+def shares_down(name: str, host: HostPaths) -> None:
+    from . import plan, shares, systemd
+
+    record = Record(host.record(name, "virtiofsd"))
+    plan.take_back(record, lambda done: shares.undo(done, systemd.stop))
+
+
+def start(name: str, host: HostPaths) -> None:
+    """Become the hypervisor; runs as the VM's user."""
+    from . import hypervisor, runner
+
+    package = os.path.realpath(host.booted(name))
+    log.status(f"Starting {package}")
+    hypervisor.become(f"{package}/{MICROVM_RUN}", package, runner.load_hypervisor(package))
+
+
+def stop(name: str, host: HostPaths) -> None:
+    """Ask the guest to shut down; runs as the VM's user."""
+    from . import hypervisor
+
+    main_pid = os.environ.get("MAINPID", "")
+    if not main_pid:
+        # systemd.service(5): without a main process there is nobody to ask.
+        return
+    script = f"{os.path.realpath(host.booted(name))}/{MICROVM_SHUTDOWN}"
+    text = os.environ.get("MICROVM_SHUTDOWN_SECONDS", "")
+    try:
+        patience = float(text) if text else SHUTDOWN_SECONDS
+    except ValueError:
+        log.warning(f"MICROVM_SHUTDOWN_SECONDS={text!r} is no number: {SHUTDOWN_SECONDS:.0f} it is")
+        patience = SHUTDOWN_SECONDS
+    hypervisor.stop(int(main_pid), script if os.path.exists(script) else None, patience)
+
+
+def install(name: str, host: HostPaths) -> None:
+    """Bring `current` of a declared VM up to date."""
+    from . import declaration, install
+
+    declared = declaration.load(host.declaration(name))
+    log.status(f"Installing {declared.source}")
+    change = install.from_source(name, declared.source, host)
+    log.status(change.describe())
+
+
+def _identity_record(name: str, host: HostPaths) -> Record:
+    return Record(host.record(name, "identity"))
+
+
+def _identity(name: str, host: HostPaths) -> Identity:
+    """Whom the VM runs as, asked of systemd once a start, by set-booted."""
+    from .identity import Identity
+
+    lines = _identity_record(name, host).read()
+    if not lines:
+        raise MicrovmHostError(
+            f"microvm-set-booted@{name} has not run", path=host.record(name, "identity")
+        )
+    user, uid, group, gid = lines[-1]
+    return Identity(user, int(uid), group, int(gid))
+
+
+VERBS: dict[str, Callable[[str, HostPaths], None]] = {
+    "set-booted": set_booted,
+    "unset-booted": unset_booted,
+    "tap-interfaces-up": taps_up,
+    "tap-interfaces-down": taps_down,
+    "macvtap-interfaces-up": macvtaps_up,
+    "macvtap-interfaces-down": macvtaps_down,
+    "virtiofsd-up": shares_up,
+    "virtiofsd-down": shares_down,
+    "start": start,
+    "stop": stop,
+    "install": install,
+}
+
+
+def main(argv: list[str]) -> int:
+    """Run one verb; gives the exit code."""
+    if len(argv) != 3 or argv[1] not in VERBS:
+        log.error(f"usage: helper VERB NAME, with VERB one of {', '.join(VERBS)}")
+        return EXIT_USAGE
+    try:
+        name = names.vm_name(argv[2])
+    except NameInvalid as error:
+        # Not for the VM's unit: there is no such VM.
+        log.error(str(error))
+        return EXIT_USAGE
+    try:
+        VERBS[argv[1]](name, HostPaths.from_environment())
+    except MicrovmHostError as error:
+        log.status(str(error))
+        log.error(str(error), vm=name)
+        return PackageError.exit_code if isinstance(error, NameInvalid) else error.exit_code
+    except OSError as error:
+        log.error(f"{error.filename or argv[1]}: {error.strerror}", vm=name)
+        return EXIT_FAILED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: MIT
+"""Whom a VM runs as."""
+
+from __future__ import annotations
+
+from .frozen import frozen
+
+
+@frozen
+class Identity:
+    """The user and group of a VM's hypervisor, whose taps, nodes and sockets they are."""
+
+    user: str
+    uid: int
+    group: str
+    gid: int

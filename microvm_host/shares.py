@@ -1,0 +1,377 @@
+# SPDX-License-Identifier: MIT
+"""Shares of a VM: a socket that systemd holds for each, and a virtiofsd behind it on demand.
+
+Each share is a transient socket and service. systemd listens, owned by the VM's user alone, and
+starts virtiofsd when the hypervisor connects; nothing of ours stays, and after the hypervisor has
+gone and come back the socket starts a new virtiofsd. Where a package brings its own
+`bin/virtiofsd-run` and gives no share options, that script runs instead, in one transient
+service, since it alone knows which shares are read-only.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+
+from . import names, process
+from .errors import MicrovmHostError, PackageError
+from .frozen import frozen
+from .paths import VIRTIOFSD_RUN
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import Protocol
+
+    from .paths import HostPaths
+    from .plan import Step
+    from .record import Record
+    from .runner import Share
+    from .identity import Identity
+    from .systemd import Properties
+
+    class Systemd(Protocol):
+        """What is asked of systemd.Connection."""
+
+        def start_transient(
+            self, unit: str, properties: Properties, auxiliary: dict[str, Properties]
+        ) -> None: ...
+
+        def active_state(self, unit: str) -> str: ...
+
+
+# Enough for any file tree in use; virtiofsd holds a descriptor for each file that the guest knows.
+OPEN_FILES = 1048576
+# A package's own supervisor was measured to take 3 s.
+OWN_SCRIPT_WITHIN = 30.0  # seconds
+
+
+@frozen
+class Virtiofsd:
+    """A virtiofsd of this host: the program in Rust, or QEMU's former one in C."""
+
+    path: str
+    is_legacy: bool = False
+
+
+@frozen
+class ServeShare:
+    """A share whose socket systemd holds."""
+
+    vm: str
+    share: Share
+    source: str
+    socket: str
+    identity: Identity
+    virtiofsd: Virtiofsd
+    systemd: Systemd
+
+    def describe(self) -> str:
+        mode = ", read-only" if self.share.read_only else ""
+        return f"listen for share {self.share.tag} ({self.source}{mode})"
+
+    def apply(self, record: Record) -> None:
+        socket_unit = names.share_unit(self.vm, self.share.tag, ".socket")
+        service_unit = names.share_unit(self.vm, self.share.tag, ".service")
+        record.append("unit", socket_unit)
+        record.append("unit", service_unit)
+        self.systemd.start_transient(
+            socket_unit, self.socket_properties(), {service_unit: self.service_properties()}
+        )
+
+    def socket_properties(self) -> Properties:
+        return {
+            **_common(self.vm, f"Socket of share {self.share.tag} of microVM {self.vm}"),
+            "Listen": ("a(ss)", [("Stream", self.socket)]),
+            "SocketUser": ("s", self.identity.user),
+            "SocketGroup": ("s", self.identity.group),
+            "SocketMode": ("u", 0o600),
+            # Directories that systemd makes on the way belong to root, like the state directory.
+            "DirectoryMode": ("u", 0o755),
+            "RemoveOnStop": ("b", True),
+        }
+
+    def service_properties(self) -> Properties:
+        argv = virtiofsd_argv(self.virtiofsd, self.share, self.source)
+        properties: dict[str, tuple[str, object]] = {
+            **_common(self.vm, f"Share {self.share.tag} of microVM {self.vm}"),
+            **_command(argv),
+            "LimitNOFILE": ("t", OPEN_FILES),
+            # Not even a virtiofsd that the guest took over writes to a read-only share.
+            **({"ReadOnlyPaths": ("as", [self.source])} if self.share.read_only else {}),
+        }
+        return properties
+
+
+@frozen
+class RunOwnScript:
+    """The package's own supervision of virtiofsd, for all of its shares."""
+
+    vm: str
+    program: str
+    state_directory: str
+    sockets: tuple[str, ...]
+    systemd: Systemd
+
+    def describe(self) -> str:
+        return f"run {VIRTIOFSD_RUN} of the package for {len(self.sockets)} shares"
+
+    def apply(self, record: Record) -> None:
+        unit = f"microvm-virtiofsd-{names.escape(self.vm)}.service"
+        record.append("unit", unit)
+        for socket in self.sockets:
+            record.append("socket", socket)
+            # One of an earlier run would be taken for a sign that virtiofsd is there.
+            _remove_socket(socket)
+        self.systemd.start_transient(unit, self.properties(), {})
+        self._wait_for_sockets(unit)
+
+    def properties(self) -> Properties:
+        return {
+            **_common(self.vm, f"Shares of microVM {self.vm}"),
+            **_command([self.program]),
+            "WorkingDirectory": ("s", self.state_directory),
+            "LimitNOFILE": ("t", OPEN_FILES),
+            # It reports to systemd when it is up, which nobody here waits for.
+            "NotifyAccess": ("s", "all"),
+            "PrivateTmp": ("b", True),
+        }
+
+    def _wait_for_sockets(self, unit: str) -> None:
+        # Its own word, sd_notify, is not in packages of all years; the sockets are.
+        deadline = time.monotonic() + OWN_SCRIPT_WITHIN
+        while missing := [socket for socket in self.sockets if not os.path.exists(socket)]:
+            if self.systemd.active_state(unit) != "active":
+                raise MicrovmHostError(
+                    f"{VIRTIOFSD_RUN} ended before it listened at {missing[0]}",
+                    path=self.program,
+                    hint=f"`journalctl -u '{unit}'` says more",
+                )
+            if time.monotonic() > deadline:
+                raise MicrovmHostError(
+                    f"{VIRTIOFSD_RUN} does not listen at {missing[0]} after "
+                    f"{OWN_SCRIPT_WITHIN:.0f} s",
+                    path=self.program,
+                )
+            time.sleep(0.02)
+
+
+def plan(
+    vm: str,
+    package: str,
+    shares: Sequence[Share],
+    identity: Identity,
+    host: HostPaths,
+    systemd: Systemd,
+) -> list[Step]:
+    """What makes the shares of a VM reachable.
+
+    Args:
+        package: the directory of the runner package.
+
+    Raises:
+        PackageError: a socket would lie outside of the state directory.
+        MicrovmHostError: a source does not exist, or there is no virtiofsd to serve it.
+    """
+    state = host.vm(vm)
+    sockets = {share.tag: socket_path(share, state) for share in shares}
+    sources = {share.tag: source_path(share, state) for share in shares}
+    script = f"{package}/{VIRTIOFSD_RUN}"
+    if os.path.exists(script) and not any(share.options_given for share in shares):
+        return [RunOwnScript(vm, script, state, tuple(sockets.values()), systemd)]
+    virtiofsd = find_virtiofsd(host.virtiofsd_places())
+    return [
+        ServeShare(
+            vm, share, sources[share.tag], sockets[share.tag], identity, virtiofsd, systemd
+        )
+        for share in shares
+    ]
+
+
+def socket_path(share: Share, state_directory: str) -> str:
+    """Where to listen for a share: below the state directory, in directories of root's.
+
+    Raises:
+        PackageError: outside of it.
+        MicrovmHostError: on the way lies what the VM's user could turn elsewhere.
+    """
+    path = os.path.join(state_directory, share.socket)
+    if not path.startswith(f"{state_directory}/"):
+        raise PackageError(
+            f"the socket {share.socket!r} of share {share.tag!r} lies outside of the VM's state "
+            f"directory {state_directory}",
+            hint="give a path relative to it",
+        )
+    # sockaddr_un, unix(7): 108 bytes with the final NUL.
+    if len(path.encode()) > 107:
+        raise PackageError(
+            f"the socket {share.socket!r} of share {share.tag!r} makes a path of more than 107 "
+            "bytes",
+            hint="give it a shorter name",
+        )
+    directory = state_directory
+    for part in path[len(state_directory) + 1 :].split("/")[:-1]:
+        directory += f"/{part}"
+        try:
+            status = os.lstat(directory)
+        except FileNotFoundError:
+            break
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != 0:
+            raise MicrovmHostError(
+                f"the socket of share {share.tag!r} is to lie in here, but it is not a directory "
+                "of root's",
+                path=directory,
+                hint="remove it; it is made anew at start",
+            )
+    return path
+
+
+def source_path(share: Share, state_directory: str) -> str:
+    """The directory that a share exports; a relative one is below the state directory.
+
+    Raises:
+        MicrovmHostError: it does not exist, is no directory, or a relative one leads elsewhere.
+    """
+    path = os.path.join(state_directory, share.source)
+    if not os.path.isdir(path):
+        exists = os.path.lexists(path)
+        raise MicrovmHostError(
+            f"the source {share.source!r} of share {share.tag!r} "
+            + ("is not a directory" if exists else "does not exist"),
+            path=path,
+            hint="" if exists else f"create it: mkdir -p '{path}'",
+        )
+    if not os.path.isabs(share.source):
+        # The VM's user may write here: its link must not make root export something else.
+        inside = os.path.realpath(state_directory)
+        if not os.path.realpath(path).startswith(f"{inside}/"):
+            raise MicrovmHostError(
+                f"the source {share.source!r} of share {share.tag!r} leads out of the state "
+                "directory",
+                path=path,
+                hint="give the directory's own absolute path in the package",
+            )
+    return path
+
+
+def find_virtiofsd(places: Sequence[str]) -> Virtiofsd:
+    """The first virtiofsd of `places`; raises MicrovmHostError if there is none."""
+    for place in places:
+        if os.access(place, os.X_OK):
+            # Fedora had the program in C where the one in Rust is now: its version tells.
+            is_legacy = "/qemu/" in place or "FUSE" in process.output([place, "--version"])
+            return Virtiofsd(place, is_legacy)
+    raise MicrovmHostError(
+        "this host has no virtiofsd to serve the VM's shares",
+        hint="install the package virtiofsd (on Debian 12: qemu-system-common); looked for "
+        + ", ".join(places),
+    )
+
+
+def virtiofsd_argv(virtiofsd: Virtiofsd, share: Share, source: str) -> list[str]:
+    """The command line that serves one share at descriptor 3.
+
+    Without options in the package, ACLs and extended attributes are on, as on NixOS.
+
+    Raises:
+        MicrovmHostError: the C program lacks what the share asks for.
+    """
+    posix_acl = share.posix_acl or not share.options_given
+    if virtiofsd.is_legacy:
+        return _legacy_argv(virtiofsd, share, source, posix_acl=posix_acl)
+    return [
+        virtiofsd.path,
+        "--fd=3",
+        f"--shared-dir={source}",
+        "--xattr",
+        *(["--posix-acl"] if posix_acl else []),
+        *(["--readonly"] if share.read_only else []),
+        *([f"--cache={share.cache}"] if share.cache else []),
+        *share.extra_arguments,
+    ]
+
+
+def _legacy_argv(
+    virtiofsd: Virtiofsd, share: Share, source: str, *, posix_acl: bool
+) -> list[str]:
+    if share.cache == "metadata":
+        raise MicrovmHostError(
+            f"share {share.tag!r} wants cache=metadata, which QEMU's former virtiofsd lacks",
+            path=virtiofsd.path,
+            hint="install a newer virtiofsd, from virtio-fs.gitlab.io",
+        )
+    # Commas part the options of -o, and fuse_opt_parse(3) takes a backslash before one as it is.
+    escaped = source.replace("\\", "\\\\").replace(",", "\\,")
+    cache = "none" if share.cache == "never" else share.cache
+    return [
+        virtiofsd.path,
+        "--fd=3",
+        "-o",
+        f"source={escaped}",
+        "-o",
+        "xattr",
+        *(["-o", "posix_acl"] if posix_acl else []),
+        *(["-o", f"cache={cache}"] if cache else []),
+        *share.extra_arguments,
+    ]
+
+
+def _common(vm: str, description: str) -> dict[str, tuple[str, object]]:
+    """What all units of a VM's shares have."""
+    return {
+        "Description": ("s", description),
+        "Documentation": ("as", ["man:microvm-host(7)"]),
+        # They end with the unit that made them, whichever way that ends, and after the VM.
+        "BindsTo": ("as", [f"microvm-virtiofsd@{vm}.service"]),
+        "Before": ("as", [names.unit(vm)]),
+        # Gone from systemd's memory as well, failed or not.
+        "CollectMode": ("s", "inactive-or-failed"),
+    }
+
+
+def _command(argv: list[str]) -> dict[str, tuple[str, object]]:
+    return {
+        # The flag keeps systemd from taking `$` in a path for a variable.
+        "ExecStartEx": ("a(sasas)", [(argv[0], argv, ["no-env-expand"])]),
+        "Slice": ("s", "machine.slice"),
+        # What restarts quickly here is the VM, at its administrator's wish.
+        "StartLimitIntervalUSec": ("t", 0),
+    }
+
+
+def undo(record: Record, stop_units: Callable[[Sequence[str]], None]) -> list[str]:
+    """Stop the units that a record names and remove the sockets that they left.
+
+    Args:
+        stop_units: systemd.stop.
+
+    Returns:
+        What could not be undone, a line each; the record is cleared if there is nothing.
+    """
+    problems = []
+    lines = record.read()
+    units = [name for verb, name in lines if verb == "unit"]
+    try:
+        if units:
+            stop_units(units)
+    except MicrovmHostError as error:
+        problems.append(str(error))
+    for verb, path in lines:
+        if verb == "socket":
+            try:
+                _remove_socket(path)
+            except OSError as error:
+                problems.append(f"socket {path} could not be removed: {error.strerror}")
+    if not problems:
+        record.clear()
+    return problems
+
+
+def _remove_socket(path: str) -> None:
+    """Remove a socket, if it is one: never another file, whoever put it there."""
+    try:
+        if stat.S_ISSOCK(os.lstat(path).st_mode):
+            os.unlink(path)
+    except FileNotFoundError:
+        pass

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: MIT
+"""The state directory of a VM: who owns it, and the links `current` and `booted` in it.
+
+The hypervisor's user makes sockets and images in the directory, but must not be able to change
+what root will do. The directory therefore belongs to root, with the VM's group allowed to write
+and the sticky bit set: one may add files then, but neither remove nor rename those of others
+(inode(7)), least of all the links to the package.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from .errors import MicrovmHostError, PackageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .paths import HostPaths
+
+# Others may pass, so that `microvm -l` needs no root, but not look around.
+DIRECTORY_MODE = 0o1771
+
+
+def check_current(name: str, host: HostPaths) -> None:
+    """Check that `current` is there and that nobody but root decided where it points.
+
+    Raises:
+        PackageError: it is missing or no link.
+        MicrovmHostError: it is not root's.
+    """
+    path = host.current(name)
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError as error:
+        known = os.path.isdir(host.vm(name))
+        raise PackageError(
+            f"microVM {name} has no package" if known else f"there is no microVM {name}",
+            path=path,
+            hint=f"`microvm create {name} --runner PATH` makes one",
+        ) from error
+    if not stat.S_ISLNK(status.st_mode):
+        raise PackageError("is not a link to a runner package", path=path)
+    if status.st_uid != 0:
+        raise MicrovmHostError(
+            "does not belong to root, who is to act on what it points to",
+            path=path,
+            hint=f"look where it points, then chown -h root '{path}'",
+        )
+
+
+def prepare(name: str, gid: int, host: HostPaths) -> None:
+    """Give the state directory its owner and mode, making it if it is not there.
+
+    Raises:
+        MicrovmHostError: it is a link or no directory.
+    """
+    path = host.vm(name)
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        pass
+    try:
+        directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise MicrovmHostError("is to be the VM's directory, but is none", path=path) from error
+    try:
+        status = os.fstat(directory)
+        if (status.st_uid, status.st_gid) != (0, gid):
+            os.fchown(directory, 0, gid)
+        if stat.S_IMODE(status.st_mode) != DIRECTORY_MODE:
+            os.fchmod(directory, DIRECTORY_MODE)
+    finally:
+        os.close(directory)
+
+
+def link(path: str, target: str) -> None:
+    """Make `path` a link to `target` at one stroke, whatever link or file it was.
+
+    Raises:
+        MicrovmHostError: a directory is in the way.
+    """
+    temporary = f"{os.path.dirname(path)}/.{os.path.basename(path)}.{os.getpid()}"
+    try:
+        os.unlink(temporary)
+    except FileNotFoundError:
+        pass
+    os.symlink(target, temporary)
+    try:
+        os.replace(temporary, path)
+    except OSError as error:
+        os.unlink(temporary)
+        raise MicrovmHostError(f"cannot be replaced: {error.strerror}", path=path) from error
+
+
+def pointed_to(path: str) -> str | None:
+    """Where a link points; None if it is not there."""
+    try:
+        return os.readlink(path)
+    except OSError:
+        return None
