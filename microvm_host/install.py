@@ -81,10 +81,8 @@ def from_source(name: str, source: Source, host: HostPaths) -> Change:
     """
     before = state.pointed_to(host.current(name))
     state.prepare(name, systemd.identity(name).gid, host)
-    if source.kind == "flake":
-        package = _build(name, source.reference, host)
-    else:
-        package = source.reference
+    is_flake = source.kind == "flake"
+    package = _build(name, source.reference, host) if is_flake else source.reference
     after = runner.load(package).path
     _keep_from_collection(name, after, host)
     _remember(name, source, host)
@@ -92,17 +90,6 @@ def from_source(name: str, source: Source, host: HostPaths) -> Change:
         state.link(host.current(name), after)
     _drop_build_link(name, host)
     return Change(name, before, after, state.pointed_to(host.booted(name)))
-
-
-def source_of(name: str, host: HostPaths) -> Source | None:
-    """Where a VM's package came from; None if somebody put it there by hand."""
-    for kind in KINDS:
-        try:
-            with open(f"{host.vm(name)}/{kind}", encoding="utf-8") as remembered:
-                return Source(kind, remembered.read().rstrip("\n"))
-        except OSError:
-            continue
-    return None
 
 
 def remove(name: str, host: HostPaths) -> None:

@@ -28,11 +28,11 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from .identity import Identity
     from .paths import HostPaths
     from .plan import Step
     from .record import Record
     from .runner import Macvtap, Tap
-    from .identity import Identity
 
 # linux/if_tun.h
 TUNSETIFF, TUNSETPERSIST, TUNSETOWNER, TUNSETGROUP = 0x400454CA, 0x400454CB, 0x400454CC, 0x400454CE
@@ -127,9 +127,7 @@ def plan_taps(vm: str, taps: Iterable[Tap], identity: Identity, host: HostPaths)
     """
     steps: list[Step] = []
     for tap in taps:
-        if tap.bridge is not None and not os.path.isdir(
-            f"{host.net_device(tap.bridge)}/bridge"
-        ):
+        if tap.bridge is not None and not os.path.isdir(f"{host.net_device(tap.bridge)}/bridge"):
             raise MicrovmHostError(
                 f"tap {tap.name} is to join {tap.bridge}, which is no bridge of this host",
                 hint=f"create it: ip link add {tap.bridge} type bridge",
@@ -402,9 +400,7 @@ def _interface_ioctl(request: int, name: str, argument: bytes = b"") -> bytes:
     """One of the ioctls of netdevice(7), which take a struct ifreq of 40 bytes."""
     connection = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC)
     try:
-        return ioctl(
-            connection.fileno(), request, struct.pack("16s24s", name.encode(), argument)
-        )
+        return ioctl(connection.fileno(), request, struct.pack("16s24s", name.encode(), argument))
     except OSError as error:
         raise MicrovmHostError(f"interface {name}: {error.strerror}") from error
     finally:

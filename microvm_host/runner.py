@@ -351,9 +351,7 @@ class _Reader:
                     f"{tap!r} is not in tap-interfaces", path=self.at(file), line=line
                 )
             if tap in bridges:
-                raise PackageError(
-                    f"tap {tap!r} stands here twice", path=self.at(file), line=line
-                )
+                raise PackageError(f"tap {tap!r} stands here twice", path=self.at(file), line=line)
             bridges[tap] = self.checked(file, line, bridge, names.interface_name)
         return bridges
 

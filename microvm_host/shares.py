@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Protocol
 
+    from .identity import Identity
     from .paths import HostPaths
     from .plan import Step
     from .record import Record
     from .runner import Share
-    from .identity import Identity
     from .systemd import Properties
 
     class Systemd(Protocol):
@@ -182,9 +182,7 @@ def plan(
         return [RunOwnScript(vm, script, state, tuple(sockets.values()), systemd)]
     virtiofsd = find_virtiofsd(host.virtiofsd_places())
     return [
-        ServeShare(
-            vm, share, sources[share.tag], sockets[share.tag], identity, virtiofsd, systemd
-        )
+        ServeShare(vm, share, sources[share.tag], sockets[share.tag], identity, virtiofsd, systemd)
         for share in shares
     ]
 
@@ -292,9 +290,7 @@ def virtiofsd_argv(virtiofsd: Virtiofsd, share: Share, source: str) -> list[str]
     ]
 
 
-def _legacy_argv(
-    virtiofsd: Virtiofsd, share: Share, source: str, *, posix_acl: bool
-) -> list[str]:
+def _legacy_argv(virtiofsd: Virtiofsd, share: Share, source: str, *, posix_acl: bool) -> list[str]:
     if share.cache == "metadata":
         raise MicrovmHostError(
             f"share {share.tag!r} wants cache=metadata, which QEMU's former virtiofsd lacks",

@@ -10,6 +10,17 @@ from .frozen import frozen
 KINDS = ("runner", "flake")
 
 
+def remembered(state_directory: str) -> Source | None:
+    """Where a VM's package came from; None if somebody put it there by hand."""
+    for kind in KINDS:
+        try:
+            with open(f"{state_directory}/{kind}", encoding="utf-8") as file:
+                return Source(kind, file.read().rstrip("\n"))
+        except OSError:
+            continue
+    return None
+
+
 @frozen
 class Source:
     """`kind` is `runner`, with a path as `reference`, or `flake`, with a flake reference."""

@@ -113,9 +113,7 @@ class Connection:
         try:
             self._bus.open()
         except Exception as error:
-            raise MicrovmHostError(
-                f"cannot reach systemd: {error}", path=private_socket
-            ) from error
+            raise MicrovmHostError(f"cannot reach systemd: {error}", path=private_socket) from error
 
     def close(self) -> None:
         """To be called once: pystemd aborts the process at a second call."""

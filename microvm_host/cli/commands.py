@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: MIT
+"""The sub-commands of `microvm`, as click knows them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+import click
+
+from .. import __version__, install, listing, names, runner, state
+from .. import apply as application
+from ..errors import EXIT_CONFIG, EXIT_FAILED, MicrovmHostError, UsageError
+from ..paths import HostPaths
+from ..source import Source, remembered
+from . import jobs, table
+
+HOST = HostPaths.from_environment()
+
+_EPILOG = """The flags of microvm.nix work too: -l, -c NAME [-f FLAKE], -u NAMES [-R], -r NAME,
+-s NAME."""
+
+
+NAME = names.vm_name
+NAMES = click.argument("vms", metavar="NAME...", type=NAME, nargs=-1, required=True)
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+
+
+@click.group(epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="microvm-host")
+def microvm() -> None:
+    """Run microVMs as services of this host.
+
+    A VM is the unit microvm@NAME.service: systemctl, journalctl and machinectl know it.
+    """
+
+
+@microvm.command("list")
+@click.argument("vms", metavar="[NAME...]", type=NAME, nargs=-1)
+@click.option("--check", is_flag=True, help="Ask nix what flakes would give now; slow.")
+@JSON
+def list_(vms: tuple[str, ...], check: bool, as_json: bool) -> None:
+    """Show each VM: whether it runs, which version is current and which is booted."""
+    newest = _newest_by_nix if check else None
+    if as_json:
+        rows = listing.rows(HOST, vms, newest)
+        click.echo(json.dumps([listing.as_json(row) for row in rows], indent=2))
+    else:
+        table.show_list(HOST, vms, newest)
+
+
+def _newest_by_nix(name: str, source: Source) -> listing.Version | None:
+    click.echo(f"evaluating {source.reference} for {name} …", err=True)
+    try:
+        found = install.evaluate(name, source.reference)
+    except MicrovmHostError as error:
+        click.echo(f"microvm: {name}: {error}", err=True)
+        return None
+    try:
+        return listing.Version(found, os.readlink(f"{found}/share/microvm/system"))
+    except OSError:
+        # Not built yet, so the package's own path is all there is to compare.
+        current = os.path.realpath(HOST.current(name))
+        return None if found == current else listing.Version(found)
+
+
+@microvm.command()
+@click.argument("vm", metavar="NAME", type=NAME)
+@click.option("-f", "--flake", metavar="FLAKE", help="Build the package of NAME from this flake.")
+@click.option("--runner", "path", metavar="PATH", help="Use the runner package at PATH.")
+@click.option("--start", is_flag=True, help="Start it at once.")
+def create(vm: str, flake: str | None, path: str | None, start: bool) -> None:
+    """Make a VM from a flake (with nix) or from a runner package.
+
+    Without --flake and --runner, the flake is git+file:///etc/nixos, as with microvm.nix.
+    """
+    if flake and path:
+        raise UsageError("--flake and --runner do not go together")
+    _as_root()
+    if path:
+        source = Source("runner", os.path.abspath(path))
+    else:
+        source = Source("flake", _absolute_flake(flake or "git+file:///etc/nixos"))
+    change = install.create(vm, source.checked(), HOST)
+    click.echo(change.describe())
+    if start:
+        jobs.run("start", [vm])
+    else:
+        click.echo(f"start it: systemctl start {names.unit(vm)}")
+
+
+def _absolute_flake(flake: str) -> str:
+    """A flake given by a path is remembered by its absolute path."""
+    return os.path.abspath(flake) if flake.startswith(".") else flake
+
+
+@microvm.command()
+@NAMES
+@click.option("-R", "--restart", is_flag=True, help="Restart those that run another version.")
+def update(vms: tuple[str, ...], restart: bool) -> None:
+    """Bring VMs up to date from where their packages came from."""
+    _as_root()
+    failed: MicrovmHostError | None = None
+    for vm in vms:
+        try:
+            _update(vm, restart=restart)
+        except MicrovmHostError as error:
+            # One that fails does not keep the others from being updated.
+            click.echo(f"microvm: {vm}: {error}", err=True)
+            failed = failed or error
+    if failed:
+        sys.exit(failed.exit_code)
+
+
+def _update(vm: str, *, restart: bool) -> None:
+    _existing(vm)
+    source = remembered(HOST.vm(vm))
+    if source is None:
+        raise MicrovmHostError(
+            f"nothing tells where the package of {vm} came from",
+            path=HOST.vm(vm),
+            hint="somebody put it there by hand, who has to update it by hand as well",
+        )
+    change = install.from_source(vm, source.checked(), HOST)
+    click.echo(change.describe())
+    runs = listing.rows(HOST, (vm,))[0].runs
+    if restart and (change.wants_restart or not runs):
+        jobs.run("restart", [vm])
+    elif change.wants_restart:
+        click.echo(f"it still runs the former: systemctl restart {names.unit(vm)}")
+
+
+@microvm.command()
+@NAMES
+def start(vms: tuple[str, ...]) -> None:
+    """Start VMs and wait until they run."""
+    jobs.run("start", vms)
+
+
+@microvm.command()
+@NAMES
+def stop(vms: tuple[str, ...]) -> None:
+    """Ask VMs to shut down, and wait until they have and nothing of them is left."""
+    jobs.run("stop", vms)
+
+
+@microvm.command()
+@NAMES
+def restart(vms: tuple[str, ...]) -> None:
+    """Stop VMs and start their current version."""
+    jobs.run("restart", vms)
+
+
+@microvm.command()
+@click.argument("vm", metavar="NAME", type=NAME)
+def run(vm: str) -> None:
+    """Run a VM in the foreground, with its taps and shares, until it ends."""
+    _as_root()
+    _existing(vm)
+    jobs.run_in_foreground(vm, HOST)
+
+
+@microvm.command(context_settings={"ignore_unknown_options": True})
+@click.argument("target", metavar="[USER@]NAME")
+@click.argument("arguments", metavar="[SSH-ARGUMENT...]", nargs=-1, type=click.UNPROCESSED)
+def ssh(target: str, arguments: tuple[str, ...]) -> None:
+    """Log in to a guest by ssh over vsock, as root unless USER is given."""
+    user, at, vm = target.rpartition("@")
+    names.vm_name(vm)
+    _existing(vm)
+    link = HOST.booted(vm)
+    package = runner.load(link if os.path.lexists(link) else HOST.current(vm))
+    if package.vsock_cid is None:
+        raise MicrovmHostError(
+            f"microVM {vm} has no vsock CID to reach it by",
+            path=f"{package.path}/{runner.SHARE}/vsock-cid",
+            hint="set microvm.vsock.cid in its configuration",
+        )
+    jobs.become_ssh(user if at else "root", vm, package.vsock_cid, arguments)
+
+
+@microvm.command()
+@click.argument("vm", metavar="NAME", type=NAME)
+@JSON
+def status(vm: str, as_json: bool) -> None:
+    """Show a VM: its package, its interfaces and shares, and its unit."""
+    _existing(vm)
+    row = listing.rows(HOST, (vm,))[0]
+    # What runs is what counts; a VM that is down shows what would run.
+    link = HOST.booted(vm) if row.booted else HOST.current(vm)
+    package = runner.load(link)
+    details = {
+        **listing.as_json(row),
+        "hypervisor": package.hypervisor,
+        "vsock_cid": package.vsock_cid,
+        "taps": [tap.name for tap in package.taps],
+        "macvtaps": [macvtap.name for macvtap in package.macvtaps],
+        "pci_devices": list(package.pci_devices),
+        "shares": [
+            {"tag": share.tag, "source": share.source, "read_only": share.read_only}
+            for share in package.shares
+        ],
+        "source": str(remembered(HOST.vm(vm)) or "") or None,
+    }
+    if as_json:
+        click.echo(json.dumps(details, indent=2))
+        return
+    click.echo(listing.as_text(row, table.paint))
+    for title, value in (
+        ("package", package.path),
+        ("from", details["source"]),
+        ("hypervisor", package.hypervisor),
+        ("vsock CID", package.vsock_cid),
+        ("taps", ", ".join(tap.name for tap in package.taps)),
+        ("macvtaps", ", ".join(f"{each.name} on {each.link}" for each in package.macvtaps)),
+        ("PCI", ", ".join(package.pci_devices)),
+        *(
+            (
+                "share",
+                f"{share.tag} → {share.source}" + (" (read-only)" if share.read_only else ""),
+            )
+            for share in package.shares
+        ),
+    ):
+        if value:
+            click.echo(f"{title:>12}: {value}")
+    sys.stdout.flush()
+    sys.exit(jobs.show_unit(vm))
+
+
+@microvm.command(context_settings={"ignore_unknown_options": True})
+@click.argument("vm", metavar="NAME", type=NAME)
+@click.argument("arguments", metavar="[JOURNALCTL-ARGUMENT...]", nargs=-1, type=click.UNPROCESSED)
+def logs(vm: str, arguments: tuple[str, ...]) -> None:
+    """Show the console and the messages of a VM and of what sets it up.
+
+    Further arguments are journalctl's: -f follows, -b is this boot, -n 20 the last 20 lines.
+    """
+    _existing(vm)
+    jobs.become_journalctl(vm, arguments)
+
+
+@microvm.command()
+@NAMES
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+def remove(vms: tuple[str, ...], yes: bool) -> None:
+    """Delete VMs that do not run, with everything in their state directories."""
+    _as_root()
+    for vm in vms:
+        _existing(vm)
+    for row in listing.rows(HOST, vms):
+        if row.runs:
+            raise MicrovmHostError(
+                f"microVM {row.name} is running", hint=f"microvm stop {row.name}"
+            )
+        if os.path.exists(HOST.declaration(row.name)):
+            raise MicrovmHostError(
+                f"microVM {row.name} is declared and would come back at boot",
+                path=HOST.declaration(row.name),
+                hint="delete this file first",
+            )
+        if not yes:
+            click.confirm(
+                f"Delete {row.name} with all of its disks and data in {HOST.vm(row.name)}?",
+                abort=True,
+            )
+        jobs.disable(row.name)
+        install.remove(row.name, HOST)
+        click.echo(f"{row.name}: removed")
+
+
+@microvm.command()
+@click.option("-n", "--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@JSON
+def apply(dry_run: bool, as_json: bool) -> None:
+    """Do now what boot would do with the VMs declared in /etc/microvms."""
+    if not dry_run:
+        _as_root()
+    outcomes, failed = [], 0
+    for outcome in application.apply(HOST, dry_run=dry_run):
+        outcomes.append(outcome)
+        if outcome.error is not None:
+            failed = max(failed, outcome.error.exit_code)
+            click.echo(f"microvm: {outcome.text}", err=True)
+        elif not as_json:
+            click.echo(outcome.text)
+    if as_json:
+        click.echo(
+            json.dumps(
+                [
+                    {
+                        "name": outcome.name,
+                        "changed": outcome.changed,
+                        "message": outcome.text,
+                        "failed": outcome.error is not None,
+                    }
+                    for outcome in outcomes
+                ],
+                indent=2,
+            )
+        )
+    elif not outcomes:
+        click.echo(f"no declarations in {HOST.declarations}", err=True)
+    if failed:
+        sys.exit(EXIT_CONFIG if failed == EXIT_CONFIG else EXIT_FAILED)
+
+
+def _as_root() -> None:
+    if os.geteuid() != 0:
+        raise MicrovmHostError("this needs root", hint=f"sudo microvm {' '.join(sys.argv[1:])}")
+
+
+def _existing(vm: str) -> None:
+    if not os.path.isdir(HOST.vm(vm)):
+        raise MicrovmHostError(
+            f"there is no microVM {vm}", path=HOST.vm(vm), hint="`microvm list` lists them"
+        )
+    if state.pointed_to(HOST.current(vm)) is None and not os.access(HOST.vm(vm), os.X_OK):
+        raise MicrovmHostError("cannot be read", path=HOST.vm(vm), hint="try as root")

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: MIT
+"""Has systemd start, stop and run VMs, showing what happens meanwhile and why it failed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+from .. import names, vsock
+from ..errors import MicrovmHostError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import NoReturn
+
+    from ..paths import HostPaths
+
+# What is set up for a VM and undone after it, in units of their own.
+_SET_UP = (
+    "microvm-set-booted@{}.service",
+    "microvm-tap-interfaces@{}.service",
+    "microvm-macvtap-interfaces@{}.service",
+    "microvm-virtiofsd@{}.service",
+)
+_DOING = {"start": "starting", "stop": "stopping", "restart": "restarting"}
+_GONE_WITHIN = 30.0  # seconds
+
+
+def run(verb: str, vms: Sequence[str]) -> None:
+    """`systemctl VERB` for VMs, with the time on a terminal and the reason of a failure.
+
+    Raises:
+        MicrovmHostError: it failed; the reasons that the journal has were printed.
+    """
+    began = time.monotonic()
+    since = f"@{time.time():.6f}"
+    progress = _Progress(f"{_DOING[verb]} {', '.join(vms)}")
+    # Its standard error, which says "see journalctl", is replaced by what journalctl would show.
+    job = subprocess.Popen(
+        ["systemctl", verb, "--", *map(names.unit, vms)], stderr=subprocess.PIPE, text=True
+    )
+    try:
+        while True:
+            try:
+                _, complaint = job.communicate(timeout=0.5)
+                break
+            except subprocess.TimeoutExpired:
+                progress.show(time.monotonic() - began)
+        if verb == "stop" and job.returncode == 0:
+            _wait_until_undone(vms, progress, began)
+    finally:
+        progress.clear()
+    if job.returncode:
+        reasons = _reasons(vms, since) or complaint
+        sys.stderr.write(reasons)
+        raise MicrovmHostError(
+            f"could not {verb} {', '.join(vms)}", hint=f"`microvm status {vms[0]}` shows more"
+        )
+
+
+def _wait_until_undone(vms: Sequence[str], progress: _Progress, began: float) -> None:
+    # systemd is done with the stop when the hypervisor has ended; what was set up for it is
+    # undone after that.
+    units = [unit.format(vm) for vm in vms for unit in _SET_UP]
+    deadline = time.monotonic() + _GONE_WITHIN
+    while time.monotonic() < deadline:
+        shown = subprocess.run(
+            ["systemctl", "show", "--property=ActiveState", "--value", "--", *units],
+            stdout=subprocess.PIPE,
+            text=True,
+        ).stdout.split()
+        if not {"active", "activating", "deactivating"} & set(shown):
+            return
+        progress.show(time.monotonic() - began)
+        time.sleep(0.02)
+
+
+def _reasons(vms: Sequence[str], since: str) -> str:
+    """The errors that the journal has of VMs, each once."""
+    argv = ["journalctl", "--no-pager", "--quiet", "--output=cat", "--priority=3"]
+    argv += [f"--since={since}"]
+    for vm in vms:
+        argv.append(f"--unit={names.unit(vm)}")
+    found = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    lines = [line for line in found.stdout.splitlines() if not line.startswith("Failed to start")]
+    return "".join(f"{line}\n" for line in dict.fromkeys(lines))
+
+
+class _Progress:
+    """One line on a terminal that counts the seconds, from the first on."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._shown = False
+
+    def show(self, seconds: float) -> None:
+        if seconds >= 1 and sys.stderr.isatty():
+            sys.stderr.write(f"\r{self._text} … {seconds:.0f} s")
+            sys.stderr.flush()
+            self._shown = True
+
+    def clear(self) -> None:
+        if self._shown:
+            sys.stderr.write("\r\033[K")
+
+
+def run_in_foreground(vm: str, host: HostPaths) -> NoReturn:
+    """Become `systemd-run`, which runs the hypervisor on this terminal.
+
+    The units that set up what the VM needs are wanted by this transient one in place of
+    microvm@NAME, and stop with it.
+
+    Raises:
+        MicrovmHostError: the VM runs already.
+    """
+    shown = subprocess.run(
+        ["systemctl", "show", "--property=ActiveState,User,Group", "--", names.unit(vm)],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout
+    found = dict(line.split("=", 1) for line in shown.splitlines())
+    if found["ActiveState"] not in ("inactive", "failed"):
+        raise MicrovmHostError(
+            f"microVM {vm} is {found['ActiveState']} already", hint=f"microvm stop {vm}"
+        )
+    set_up = [unit.format(vm) for unit in _SET_UP]
+    properties = {
+        "Description": f"MicroVM {vm} in the foreground",
+        "Requires": " ".join(set_up),
+        "After": " ".join(set_up),
+        "Conflicts": names.unit(vm),
+        "Type": "exec",
+        "User": found["User"],
+        "Group": found["Group"],
+        "WorkingDirectory": host.vm(vm),
+        "LimitNOFILE": "1048576",
+        "LimitMEMLOCK": "infinity",
+        "NoNewPrivileges": "yes",
+        "Slice": "machine.slice",
+    }
+    is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    argv = ["systemd-run", "--quiet", "--wait", "--collect", "--pty" if is_terminal else "--pipe"]
+    argv.append(f"--unit=microvm-foreground-{names.escape(vm)}.service")
+    argv += [f"--property={key}={value}" for key, value in properties.items() if value]
+    argv += [f"{host.booted(vm)}/bin/microvm-run"]
+    _become(argv)
+
+
+def become_ssh(user: str, vm: str, cid: int, arguments: Sequence[str]) -> NoReturn:
+    """Become ssh, connected to a guest's vsock CID."""
+    proxy = f"{sys.executable} -IS {os.path.abspath(vsock.__file__)} {cid} %p"
+    _become(
+        [
+            "ssh",
+            *("-o", f"ProxyCommand={proxy}"),
+            *("-o", "ProxyUseFdpass=yes"),
+            *("-o", "CheckHostIP=no"),
+            # CIDs are given anew to other VMs; a VM's name stays.
+            *("-o", f"HostKeyAlias=microvm-{vm}"),
+            *("-l", user),
+            f"vsock/{cid}",
+            *arguments,
+        ]
+    )
+
+
+def become_journalctl(vm: str, arguments: Sequence[str]) -> NoReturn:
+    """Become journalctl, for a VM and all that belongs to it."""
+    units = [names.unit(vm), *(unit.format(vm) for unit in _SET_UP)]
+    units += [f"install-microvm@{vm}.service", f"microvm-virtiofsd-{names.escape(vm)}-*"]
+    _become(["journalctl", *(f"--unit={unit}" for unit in units), *arguments])
+
+
+def show_unit(vm: str) -> int:
+    """Print `systemctl status` of a VM; gives its exit code, 3 for one that does not run."""
+    return subprocess.run(["systemctl", "status", "--", names.unit(vm)]).returncode
+
+
+def disable(vm: str) -> None:
+    """Do not start a VM at boot any more."""
+    subprocess.run(["systemctl", "disable", "--quiet", "--", names.unit(vm)], check=False)
+
+
+def _become(argv: list[str]) -> NoReturn:
+    try:
+        os.execvp(argv[0], argv)
+    except FileNotFoundError as error:
+        raise MicrovmHostError(f"this host has no {argv[0]}") from error

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: MIT
+"""What VMs there are, whether each runs, and which version of it: behind `microvm -l`.
+
+One pass over the state directories and one call to systemd, whatever the number of VMs. Nothing
+is built or evaluated, unless asked for by name: `newest_by_nix` is for --check.
+"""
+
+from __future__ import annotations
+
+import os
+
+from . import names, systemd
+from .errors import MicrovmHostError, NameInvalid
+from .frozen import frozen
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from .paths import HostPaths
+    from .source import Source
+
+
+@frozen
+class Version:
+    """One version of a VM.
+
+    `package` is the runner package's directory; `system` what its `share/microvm/system` points
+    to, where it has that. Two versions are the same if their systems are, as on NixOS.
+    """
+
+    package: str
+    system: str | None = None
+
+    @property
+    def identity(self) -> str:
+        return self.system or self.package
+
+    @property
+    def label(self) -> str:
+        """A short name for people: `24.05` of /nix/store/…-nixos-system-web-24.05."""
+        base = os.path.basename(self.identity)
+        if self.identity.startswith("/nix/store/"):
+            return base.rsplit("-", 1)[-1] if self.system else base[:8]
+        return base
+
+
+@frozen
+class Row:
+    """One VM of the listing."""
+
+    name: str
+    # systemd's word for the unit: active, activating, deactivating, failed, inactive.
+    active: str
+    current: Version | None
+    booted: Version | None
+    # What its source would give now, where that is known.
+    newest: Version | None = None
+    # Why there is nothing to tell.
+    problem: str = ""
+
+    @property
+    def runs(self) -> bool:
+        return self.active in ("active", "activating", "deactivating", "reloading")
+
+    @property
+    def state(self) -> str:
+        """In microvm.nix's words: outdated, stale, current; or broken."""
+        if self.current is None:
+            return "broken"
+        if self.newest is not None and self.newest.identity != self.current.identity:
+            return "outdated"
+        if self.booted is not None and self.booted.identity != self.current.identity:
+            return "stale"
+        return "current"
+
+    @property
+    def command(self) -> str | None:
+        """The command that mends it; None if there is nothing to mend."""
+        unit = names.unit(self.name)
+        if self.state == "broken":
+            return None
+        if self.state == "outdated":
+            return f"microvm -{'Ru' if self.booted else 'u'} {self.name}"
+        if self.state == "stale":
+            return f"systemctl restart {unit}"
+        if self.active == "failed":
+            return f"systemctl status {unit}"
+        return None if self.runs else f"systemctl start {unit}"
+
+
+def rows(
+    host: HostPaths,
+    only: tuple[str, ...] = (),
+    newest_by_nix: Callable[[str, Source], Version | None] | None = None,
+) -> list[Row]:
+    """The VMs of this host, sorted by name.
+
+    Args:
+        only: these alone, in this order.
+        newest_by_nix: finds out what a flake would give now; without it, flakes are not asked.
+
+    Raises:
+        MicrovmHostError: systemd does not answer, or a VM of `only` does not exist.
+    """
+    try:
+        present = {entry for entry in os.listdir(host.state) if _is_name(entry)}
+    except FileNotFoundError:
+        present = set()
+    for name in only:
+        if name not in present:
+            raise MicrovmHostError(
+                f"there is no microVM {name}", path=host.vm(name), hint="`microvm list` lists them"
+            )
+    active = systemd.states(names.unit("*"))
+    return [
+        _row(name, active.get(names.unit(name), "inactive"), host, newest_by_nix)
+        for name in only or sorted(present)
+        if only or os.path.isdir(host.vm(name))
+    ]
+
+
+def _is_name(text: str) -> bool:
+    try:
+        names.vm_name(text)
+    except NameInvalid:
+        return False
+    return True
+
+
+def _row(
+    name: str,
+    active: str,
+    host: HostPaths,
+    newest_by_nix: Callable[[str, Source], Version | None] | None,
+) -> Row:
+    try:
+        current = _version(host.current(name))
+        booted = _version(host.booted(name))
+    except PermissionError:
+        return Row(name, active, None, None, problem="cannot be read: try as root")
+    if current is None:
+        problem = (
+            f"{host.current(name)} points nowhere"
+            if os.path.islink(host.current(name))
+            else f"no package in {host.vm(name)}"
+        )
+        return Row(name, active, None, booted, problem=problem)
+    return Row(name, active, current, booted, _newest(name, host, newest_by_nix))
+
+
+def _version(link: str) -> Version | None:
+    """The version that a link to a package stands for; None if it leads nowhere."""
+    try:
+        package = os.path.realpath(link, strict=True)
+    except PermissionError:
+        raise
+    except OSError:
+        return None
+    try:
+        return Version(package, os.readlink(f"{package}/share/microvm/system"))
+    except OSError:
+        return Version(package)
+
+
+def _newest(
+    name: str,
+    host: HostPaths,
+    newest_by_nix: Callable[[str, Source], Version | None] | None,
+) -> Version | None:
+    from .source import remembered
+
+    source = remembered(host.vm(name))
+    if source is None:
+        return None
+    if source.kind == "runner":
+        return _version(source.reference)
+    return newest_by_nix(name, source) if newest_by_nix else None
+
+
+def as_text(row: Row, paint: Callable[[str, str], str]) -> str:
+    """The line of a VM.
+
+    Args:
+        paint: gives a text its colour: (colour, text) -> text.
+    """
+    if row.active in ("active", "activating"):
+        name = paint("bold green", row.name)
+    else:
+        name = paint("bold yellow" if row.booted or row.runs else "bold red", row.name)
+    if row.current is None:
+        return f"{name}: {paint('red', 'broken')}, {row.problem}"
+    command = paint("bold cyan", row.command) if row.command else ""
+    current = row.current
+    if row.state == "outdated" and row.newest is not None:
+        old, new = labels(current, row.newest)
+        reboot = " and reboot" if row.booted else ""
+        return (
+            f"{name}: {paint('red', 'outdated')}({paint('red', old)}), "
+            f"rebuild({paint('green', new)}){reboot}: {command}"
+        )
+    if row.state == "stale" and row.booted is not None:
+        old, new = labels(row.booted, current)
+        return (
+            f"{name}: {paint('red', 'stale')}({paint('red', old)}), "
+            f"reboot({paint('green', new)}): {command}"
+        )
+    text = f"{name}: {paint('green', 'current')}({paint('green', current.label)})"
+    if row.active == "failed":
+        return f"{text}, {paint('red', 'failed')}: {command}"
+    if not row.runs:
+        return f"{text}, not booted: {command}"
+    return text if row.active == "active" else f"{text}, {row.active}"
+
+
+def labels(old: Version, new: Version) -> tuple[str, str]:
+    """Short names of two different versions that tell them apart."""
+    if old.label != new.label:
+        return old.label, new.label
+    return old.identity, new.identity
+
+
+def as_json(row: Row) -> dict[str, Any]:
+    """A VM as `microvm list --json` gives it."""
+
+    def version(given: Version | None) -> dict[str, str | None] | None:
+        if given is None:
+            return None
+        return {"package": given.package, "system": given.system, "label": given.label}
+
+    return {
+        "name": row.name,
+        "active": row.active,
+        "state": row.state,
+        "current": version(row.current),
+        "booted": version(row.booted),
+        "newest": version(row.newest),
+        "command": row.command,
+        "problem": row.problem or None,
+    }
