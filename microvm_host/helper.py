@@ -98,7 +98,7 @@ def shares_up(name: str, host: HostPaths) -> None:
             connection,
         )
         record = Record(host.record(name, "virtiofsd"))
-        plan.carry_out(steps, record, lambda done: shares.undo(done, systemd.stop))
+        plan.carry_out(steps, record, lambda done: shares.undo(done, host.vm(name), systemd.stop))
     finally:
         connection.close()
     log.status(f"listening for {len(steps)} shares")
@@ -108,7 +108,7 @@ def shares_down(name: str, host: HostPaths) -> None:
     from . import plan, shares, systemd
 
     record = Record(host.record(name, "virtiofsd"))
-    plan.take_back(record, lambda done: shares.undo(done, systemd.stop))
+    plan.take_back(record, lambda done: shares.undo(done, host.vm(name), systemd.stop))
 
 
 def start(name: str, host: HostPaths) -> None:

@@ -14,7 +14,7 @@ import os
 import stat
 import time
 
-from . import names, process
+from . import names
 from .errors import MicrovmHostError, PackageError
 from .frozen import frozen
 from .paths import VIRTIOFSD_RUN
@@ -76,6 +76,7 @@ class ServeShare:
         service_unit = names.share_unit(self.vm, self.share.tag, ".service")
         record.append("unit", socket_unit)
         record.append("unit", service_unit)
+        record.append("socket", self.socket)
         self.systemd.start_transient(
             socket_unit, self.socket_properties(), {service_unit: self.service_properties()}
         )
@@ -83,6 +84,7 @@ class ServeShare:
     def socket_properties(self) -> Properties:
         return {
             **_common(self.vm, f"Socket of share {self.share.tag} of microVM {self.vm}"),
+            **_bound(self.vm),
             "Listen": ("a(ss)", [("Stream", self.socket)]),
             "SocketUser": ("s", self.identity.user),
             "SocketGroup": ("s", self.identity.group),
@@ -130,6 +132,7 @@ class RunOwnScript:
     def properties(self) -> Properties:
         return {
             **_common(self.vm, f"Shares of microVM {self.vm}"),
+            **_bound(self.vm),
             **_command([self.program]),
             "WorkingDirectory": ("s", self.state_directory),
             "LimitNOFILE": ("t", OPEN_FILES),
@@ -257,9 +260,7 @@ def find_virtiofsd(places: Sequence[str]) -> Virtiofsd:
     """The first virtiofsd of `places`; raises MicrovmHostError if there is none."""
     for place in places:
         if os.access(place, os.X_OK):
-            # Fedora had the program in C where the one in Rust is now: its version tells.
-            is_legacy = "/qemu/" in place or "FUSE" in process.output([place, "--version"])
-            return Virtiofsd(place, is_legacy)
+            return Virtiofsd(place, is_legacy="/qemu/" in place)
     raise MicrovmHostError(
         "this host has no virtiofsd to serve the VM's shares",
         hint="install the package virtiofsd (on Debian 12: qemu-system-common); looked for "
@@ -318,28 +319,39 @@ def _common(vm: str, description: str) -> dict[str, tuple[str, object]]:
     return {
         "Description": ("s", description),
         "Documentation": ("as", ["man:microvm-host(7)"]),
-        # They end with the unit that made them, whichever way that ends, and after the VM.
-        "BindsTo": ("as", [f"microvm-virtiofsd@{vm}.service"]),
+        # They end after the VM.
         "Before": ("as", [names.unit(vm)]),
+        "Slice": ("s", "machine.slice"),
         # Gone from systemd's memory as well, failed or not.
         "CollectMode": ("s", "inactive-or-failed"),
     }
+
+
+def _bound(vm: str) -> dict[str, tuple[str, object]]:
+    """What ends a unit with the one that made it, whichever way that ends.
+
+    Not for the virtiofsd behind a socket: stopped while it is about to start, it would let down
+    a hypervisor that has connected already. It ends by itself when the hypervisor has gone.
+    """
+    return {"BindsTo": ("as", [f"microvm-virtiofsd@{vm}.service"])}
 
 
 def _command(argv: list[str]) -> dict[str, tuple[str, object]]:
     return {
         # The flag keeps systemd from taking `$` in a path for a variable.
         "ExecStartEx": ("a(sasas)", [(argv[0], argv, ["no-env-expand"])]),
-        "Slice": ("s", "machine.slice"),
         # What restarts quickly here is the VM, at its administrator's wish.
         "StartLimitIntervalUSec": ("t", 0),
     }
 
 
-def undo(record: Record, stop_units: Callable[[Sequence[str]], None]) -> list[str]:
+def undo(
+    record: Record, state_directory: str, stop_units: Callable[[Sequence[str]], None]
+) -> list[str]:
     """Stop the units that a record names and remove the sockets that they left.
 
     Args:
+        state_directory: of the VM; directories made in it for sockets go if they are empty.
         stop_units: systemd.stop.
 
     Returns:
@@ -347,16 +359,15 @@ def undo(record: Record, stop_units: Callable[[Sequence[str]], None]) -> list[st
     """
     problems = []
     lines = record.read()
-    units = [name for verb, name in lines if verb == "unit"]
     try:
-        if units:
-            stop_units(units)
+        stop_units([name for verb, name in lines if verb == "unit"])
     except MicrovmHostError as error:
         problems.append(str(error))
     for verb, path in lines:
         if verb == "socket":
             try:
                 _remove_socket(path)
+                _remove_directories(os.path.dirname(path), state_directory)
             except OSError as error:
                 problems.append(f"socket {path} could not be removed: {error.strerror}")
     if not problems:
@@ -371,3 +382,21 @@ def _remove_socket(path: str) -> None:
             os.unlink(path)
     except FileNotFoundError:
         pass
+
+
+def _remove_directories(path: str, state_directory: str) -> None:
+    """Remove the empty directories of root's that lie between a socket and the state directory."""
+    while _is_roots(path, state_directory):
+        try:
+            os.rmdir(path)
+        except OSError:
+            # Something else is in it, so that it is in use.
+            return
+        path = os.path.dirname(path)
+
+
+def _is_roots(path: str, state_directory: str) -> bool:
+    try:
+        return path.startswith(f"{state_directory}/") and os.lstat(path).st_uid == 0
+    except FileNotFoundError:
+        return False

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 
-from .. import names, vsock
+from .. import names, systemd, vsock
 from ..errors import MicrovmHostError
 
 TYPE_CHECKING = False
@@ -53,12 +53,17 @@ def run(verb: str, vms: Sequence[str]) -> None:
             _wait_until_undone(vms, progress, began)
     finally:
         progress.clear()
-    if job.returncode:
+    # A stop that ended in force is a stop to systemctl; the unit has it as a failure.
+    if job.returncode or (verb == "stop" and _failed(vms)):
         reasons = _reasons(vms, since) or complaint
         sys.stderr.write(reasons)
         raise MicrovmHostError(
             f"could not {verb} {', '.join(vms)}", hint=f"`microvm status {vms[0]}` shows more"
         )
+
+
+def _failed(vms: Sequence[str]) -> bool:
+    return "failed" in systemd.states(*map(names.unit, vms)).values()
 
 
 def _wait_until_undone(vms: Sequence[str], progress: _Progress, began: float) -> None:
@@ -67,12 +72,7 @@ def _wait_until_undone(vms: Sequence[str], progress: _Progress, began: float) ->
     units = [unit.format(vm) for vm in vms for unit in _SET_UP]
     deadline = time.monotonic() + _GONE_WITHIN
     while time.monotonic() < deadline:
-        shown = subprocess.run(
-            ["systemctl", "show", "--property=ActiveState", "--value", "--", *units],
-            stdout=subprocess.PIPE,
-            text=True,
-        ).stdout.split()
-        if not {"active", "activating", "deactivating"} & set(shown):
+        if not {"active", "activating", "deactivating"} & set(systemd.states(*units).values()):
             return
         progress.show(time.monotonic() - began)
         time.sleep(0.02)
@@ -146,8 +146,9 @@ def run_in_foreground(vm: str, host: HostPaths) -> NoReturn:
     argv = ["systemd-run", "--quiet", "--wait", "--collect", "--pty" if is_terminal else "--pipe"]
     argv.append(f"--unit=microvm-foreground-{names.escape(vm)}.service")
     argv += [f"--property={key}={value}" for key, value in properties.items() if value]
-    argv += [f"{host.booted(vm)}/bin/microvm-run"]
-    _become(argv)
+    # Installed beside the package; `booted` is not there yet, so it cannot be named itself.
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    _become([*argv, f"{os.path.dirname(package)}/helper", "start", vm])
 
 
 def become_ssh(user: str, vm: str, cid: int, arguments: Sequence[str]) -> NoReturn:
