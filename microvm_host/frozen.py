@@ -28,7 +28,7 @@ else:
 
         Raises:
             TypeError: from `__init__`, for a missing, unknown or twice given field.
-            AttributeError: from an assignment to a field.
+            AttributeError: from an assignment to a field, or deleting one.
         """
         fields = tuple(cls.__annotations__)
         defaults = {name: cls.__dict__[name] for name in fields if name in cls.__dict__}
@@ -66,7 +66,10 @@ else:
         def __setattr__(self, name, value):
             raise AttributeError(f"{cls.__name__} is frozen: cannot set {name!r}")
 
+        def __delattr__(self, name):
+            raise AttributeError(f"{cls.__name__} is frozen: cannot delete {name!r}")
+
         cls.__match_args__ = fields
-        for method in (__init__, __eq__, __hash__, __repr__, __setattr__):
+        for method in (__init__, __eq__, __hash__, __repr__, __setattr__, __delattr__):
             setattr(cls, method.__name__, method)
         return cls

@@ -56,7 +56,7 @@ def taps_up(name: str, host: HostPaths) -> None:
     steps = links.plan_taps(name, taps, _identity(name, host), host)
     record = Record(host.record(name, "tap-interfaces"))
     plan.carry_out(steps, record, lambda done: links.undo_taps(done, host))
-    log.status(f"{len(steps)} taps are up")
+    log.status(f"up: {', '.join(tap.name for tap in taps)}")
 
 
 def taps_down(name: str, host: HostPaths) -> None:
@@ -73,7 +73,7 @@ def macvtaps_up(name: str, host: HostPaths) -> None:
     steps = links.plan_macvtaps(macvtaps, _identity(name, host), host)
     record = Record(host.record(name, "macvtap-interfaces"))
     plan.carry_out(steps, record, lambda done: links.undo_macvtaps(done, host))
-    log.status(f"{len(steps)} macvtaps are up")
+    log.status(f"up: {', '.join(macvtap.name for macvtap in macvtaps)}")
 
 
 def macvtaps_down(name: str, host: HostPaths) -> None:
@@ -87,12 +87,13 @@ def shares_up(name: str, host: HostPaths) -> None:
     from . import plan, runner, shares, systemd
 
     package = os.path.realpath(host.booted(name))
+    found = runner.load_shares(package)
     connection = systemd.Connection(host.systemd_private_socket)
     try:
         steps = shares.plan(
             name,
             package,
-            runner.load_shares(package),
+            found,
             _identity(name, host),
             host,
             connection,
@@ -101,7 +102,7 @@ def shares_up(name: str, host: HostPaths) -> None:
         plan.carry_out(steps, record, lambda done: shares.undo(done, host.vm(name), systemd.stop))
     finally:
         connection.close()
-    log.status(f"listening for {len(steps)} shares")
+    log.status(f"listening for {', '.join(share.tag for share in found)}")
 
 
 def shares_down(name: str, host: HostPaths) -> None:

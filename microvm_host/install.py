@@ -153,7 +153,10 @@ def _remember(name: str, source: Source, host: HostPaths) -> None:
         path = f"{host.vm(name)}/{kind}"
         if kind == source.kind:
             temporary = f"{path}.{os.getpid()}"
-            with open(temporary, "w", encoding="utf-8") as target:
+            if os.path.lexists(temporary):
+                os.unlink(temporary)
+            # Exclusively: the VM's user, who may make files here, must not have us follow a link.
+            with open(temporary, "x", encoding="utf-8") as target:
                 target.write(source.reference + "\n")
             os.replace(temporary, path)
         elif os.path.lexists(path):

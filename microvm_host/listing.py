@@ -159,9 +159,11 @@ def _version(link: str) -> Version | None:
     except OSError:
         return None
     try:
-        return Version(package, os.readlink(f"{package}/share/microvm/system"))
+        system = os.readlink(f"{package}/share/microvm/system")
     except OSError:
         return Version(package)
+    # Anybody may have made the package: its text must not command the terminal.
+    return Version(package, system if system.isprintable() else repr(system))
 
 
 def _newest(

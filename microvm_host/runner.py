@@ -390,9 +390,12 @@ class _Reader:
         return tuple(found.values())
 
     def shares(self) -> tuple[Share, ...]:
-        shares = tuple(self._shares_below(f"{SHARE}/virtiofs", ""))
+        shares: list[Share] = []
         sockets: dict[str, str] = {}
-        for share in shares:
+        # Checked one by one: links can make a few directories look like millions of shares, of
+        # which the second has the first one's socket.
+        for share in self._shares_below(f"{SHARE}/virtiofs", ""):
+            shares.append(share)
             other = sockets.setdefault(share.socket, share.tag)
             if other != share.tag:
                 raise PackageError(
@@ -400,7 +403,7 @@ class _Reader:
                     path=self.at(f"{SHARE}/virtiofs/{share.tag}/socket"),
                     line=1,
                 )
-        return shares
+        return tuple(shares)
 
     def _shares_below(self, directory: str, tag: str) -> Iterator[Share]:
         entries = self.entries(directory)
@@ -465,18 +468,23 @@ class _Reader:
         """What `system` points to; it may dangle, since the host may lack the guest's store."""
         path = self.at(f"{SHARE}/system")
         try:
-            return os.readlink(path)
+            target = os.readlink(path)
         except OSError as error:
             if error.errno == ENOENT:
                 return None
             raise PackageError("is not a symbolic link", path=path) from error
+        if not target.isprintable():
+            # It ends on terminals, and in JSON.
+            raise PackageError(f"points to {target!r}, which is not printable", path=path)
+        return target
 
     def vsock_cid(self) -> int | None:
         def check(text: str) -> int:
             # vsock(7): 0 to 2 are taken, and 2^32-1 is VMADDR_CID_ANY.
-            if not (text.isascii() and text.isdigit() and 3 <= int(text[:11]) < 0xFFFFFFFF):
+            cid = int(text) if text.isascii() and text.isdigit() and len(text) <= 10 else 0
+            if not 3 <= cid < 0xFFFFFFFF:
                 raise NameInvalid(f"{text[:80]!r} is not a vsock CID from 3 to 4294967294")
-            return int(text)
+            return cid
 
         return self.one(f"{SHARE}/vsock-cid", check)
 
@@ -516,7 +524,7 @@ def _share_source(text: str) -> str:
 
 def _relative_or_absolute(text: str) -> str:
     """A socket's path: printable, and not leaving the directory that it is relative to."""
-    if not text or not text.isprintable() or text.endswith("/"):
+    if not text or not text.isprintable() or text.endswith(("/", "/.")) or text == ".":
         raise NameInvalid(f"{text!r} cannot be the path of a socket")
     if ".." in text.split("/"):
         raise NameInvalid(

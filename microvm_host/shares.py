@@ -174,11 +174,16 @@ def plan(
         package: the directory of the runner package.
 
     Raises:
-        PackageError: a socket would lie outside of the state directory.
+        PackageError: a socket would lie outside of the state directory, or two at one place.
         MicrovmHostError: a source does not exist, or there is no virtiofsd to serve it.
     """
     state = host.vm(vm)
     sockets = {share.tag: socket_path(share, state) for share in shares}
+    # The reader compared what the package says; here `x` and `STATE-DIRECTORY/x` are the same.
+    tags = {path: tag for tag, path in sockets.items()}
+    for tag, path in sockets.items():
+        if tags[path] != tag:
+            raise PackageError(f"the shares {tag!r} and {tags[path]!r} have one socket", path=path)
     sources = {share.tag: source_path(share, state) for share in shares}
     script = f"{package}/{VIRTIOFSD_RUN}"
     if os.path.exists(script) and not any(share.options_given for share in shares):
@@ -225,6 +230,13 @@ def socket_path(share: Share, state_directory: str) -> str:
                 path=directory,
                 hint="remove it; it is made anew at start",
             )
+    # systemd would remove whatever lies there, a disk's image or the link to the package too.
+    if os.path.lexists(path) and not stat.S_ISSOCK(os.lstat(path).st_mode):
+        raise MicrovmHostError(
+            f"the socket of share {share.tag!r} is to lie here, but this is no socket",
+            path=path,
+            hint="give the socket another name in the package",
+        )
     return path
 
 

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import os
+import stat
+
 from .errors import NameInvalid
 from .frozen import frozen
 
@@ -10,15 +13,32 @@ from .frozen import frozen
 KINDS = ("runner", "flake")
 
 
+# Far more than a flake reference is long.
+_REFERENCE_MAX = 4096
+
+
 def remembered(state_directory: str) -> Source | None:
-    """Where a VM's package came from; None if somebody put it there by hand."""
+    """Where a VM's package came from; None if somebody put it there by hand.
+
+    The VM's user may make files in that directory, too: only what is root's is believed.
+    """
     for kind in KINDS:
         try:
-            with open(f"{state_directory}/{kind}", encoding="utf-8") as file:
-                return Source(kind, file.read().rstrip("\n"))
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            file = os.open(f"{state_directory}/{kind}", flags)
         except OSError:
             continue
+        try:
+            if _is_roots_file(os.fstat(file)):
+                text = os.read(file, _REFERENCE_MAX).decode(errors="replace")
+                return Source(kind, text.rstrip("\n"))
+        finally:
+            os.close(file)
     return None
+
+
+def _is_roots_file(status: os.stat_result) -> bool:
+    return stat.S_ISREG(status.st_mode) and status.st_uid == 0
 
 
 @frozen

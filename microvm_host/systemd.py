@@ -8,7 +8,6 @@ The only module that imports pystemd, and that only where units are made: readin
 from __future__ import annotations
 
 import grp
-import os
 import pwd
 import sys
 import time
@@ -74,7 +73,12 @@ def identity(name: str) -> Identity:
 
 
 def states(*patterns: str) -> dict[str, str]:
-    """The loaded units of these names or globs, with their active state (`active`, `failed`, …)."""
+    """The loaded units of these names or globs, with their active state (`active`, `failed`, …).
+
+    No patterns match no units, where systemctl would list all that the host has.
+    """
+    if not patterns:
+        return {}
     text = process.output(
         ["systemctl", "list-units", "--all", "--plain", "--full", "--no-legend", "--no-pager"]
         + ["--", *map(_unescaped, patterns)]
@@ -111,7 +115,9 @@ def stop(units: Sequence[str]) -> None:
 
 
 def _running(units: Sequence[str]) -> list[str]:
-    return [unit for unit, state in states(*units).items() if state not in ("inactive", "failed")]
+    found = states(*units)
+    # Only what was asked for: the next thing that happens to these is that they are stopped.
+    return [unit for unit in units if found.get(unit, "inactive") not in ("inactive", "failed")]
 
 
 class Connection:
@@ -263,8 +269,3 @@ def _is_gone(error: Exception) -> bool:
     from errno import EBADR, ENOENT
 
     return abs(getattr(error, "errno", 0) or 0) in (EBADR, ENOENT)
-
-
-def is_booted() -> bool:
-    """Whether this host runs systemd (sd_booted(3))."""
-    return os.path.isdir("/run/systemd/system")

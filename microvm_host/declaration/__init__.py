@@ -67,7 +67,8 @@ def load(path: str) -> Declaration:
         raise DeclarationError(f"cannot be read: {error.strerror}", path=path) from error
     try:
         table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
+        # Beside its own TOMLDecodeError: numbers of thousands of digits, and nesting without end.
         message, line = _syntax_error(str(error))
         raise DeclarationError(f"is not TOML: {message}", path=path, line=line) from error
     _check_keys(table, text, path)
