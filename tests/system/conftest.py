@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: MIT
+"""Hosts for the tests, each started once and shared; VMs, each taken away after its test."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.host import container
+from tests.host.container import ContainerHost
+
+from .toolkit import Toolkit
+
+# trixie runs everything; the others what is marked `core`.
+SUITES = ("trixie", "bookworm", "sid")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "toolkit" in metafunc.fixturenames:
+        is_core = metafunc.definition.get_closest_marker("core") is not None
+        chosen = os.environ.get("MICROVM_HOST_TEST_SUITES", " ".join(SUITES)).split()
+        suites = [suite for suite in SUITES if suite in chosen and (is_core or suite == "trixie")]
+        metafunc.parametrize("toolkit", suites, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
+def toolkit(request: pytest.FixtureRequest) -> Iterator[Toolkit]:
+    """A container host of the suite, with the toolkit installed and the guest's image built."""
+    if lack := container.missing():
+        if os.environ.get("CI") == "true":
+            pytest.fail(lack)
+        pytest.skip(lack)
+    with ContainerHost(request.param) as host:
+        toolkit = Toolkit(host)
+        toolkit.install()
+        toolkit.build_image()
+        yield toolkit
+
+
+_numbers = itertools.count(1)
+
+
+@pytest.fixture
+def vm(toolkit: Toolkit) -> Iterator[str]:
+    """A name for a VM, which is gone after the test with all that it left."""
+    name = f"vm{next(_numbers)}"
+    before = toolkit.footprint()
+    yield name
+    toolkit.remove(name)
+    toolkit.await_footprint(before)
+
+
+@pytest.fixture
+def another_vm(toolkit: Toolkit) -> Iterator[Callable[[], str]]:
+    """Names for further VMs of a test."""
+    made: list[str] = []
+
+    def name() -> str:
+        made.append(f"vm{next(_numbers)}")
+        return made[-1]
+
+    yield name
+    for each in made:
+        toolkit.remove(each)
