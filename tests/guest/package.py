@@ -547,8 +547,8 @@ def _accelerator_lines(accelerator: Accelerator, machine: Machine) -> list[str]:
 
     Under TCG, the kernel measures its clock against a timer and sometimes fails (one boot in five
     on a busy machine). The microvm machine has no other timer to fall back to, and the guest hangs
-    before its first message. Its clock is the host's, so it can be told; that matters for the
-    host's own microVMs as much as for one inside an emulated test host.
+    before its first message. The emulated clock is the host's, so the kernel can be told. That is
+    not enough for TCG inside TCG, which still hangs: use KVM there.
     """
     lines = [f"accel={accelerator} cpu={'host' if accelerator == 'kvm' else 'max'} clock="]
     lines.append("cpuinfo=$(< /proc/cpuinfo)")
