@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: MIT
+# Completion of microvm(8) for bash. Starts no program: names are looked up in the file system.
+
+# Prints the VMs for which a sub-command makes sense.
+_microvm_vms() {
+    local root=${MICROVM_HOST_ROOT-} directory name
+    root=${root%/}
+    for directory in "$root"/var/lib/microvms/*/; do
+        directory=${directory%/}
+        name=${directory##*/}
+        case $1 in
+            start | run) [[ ! -L $directory/booted ]] || continue ;;
+            stop | ssh) [[ -L $directory/booted ]] || continue ;;
+            update) [[ -e $directory/flake || -e $directory/runner ]] || continue ;;
+            remove)
+                [[ ! -L $directory/booted && ! -e $root/etc/microvms/$name.toml ]] || continue
+                ;;
+        esac
+        # Without any VM, bash leaves the pattern as it is.
+        [[ ! -d $directory ]] || printf '%s\n' "$name"
+    done
+}
+
+# Gives the sub-command that the words so far stand for, in $command.
+_microvm_command() {
+    local word
+    command=
+    for word in "$@"; do
+        case $word in
+            --*) ;;
+            -*l*) command=list ;;
+            -*c*) command=create ;;
+            -*u*) command=update ;;
+            -*r*) command=run ;;
+            -*s*) command=ssh ;;
+            -*) ;;
+            # Without a flag before it, the first word that is no option.
+            *) [[ $command ]] || command=$word ;;
+        esac
+        [[ ! $command ]] || return 0
+    done
+}
+
+_microvm() {
+    # Not COMP_WORDS: bash parts the words at ':' and '@' too, which names and users have.
+    local line=${COMP_LINE:0:COMP_POINT} current previous command options prefix= word
+    local -a before
+    current=${line##*[[:space:]]}
+    read -ra before <<< "${line%"$current"}"
+    previous=${before[-1]}
+    before=("${before[@]:1}")
+    COMPREPLY=()
+    _microvm_command "${before[@]}"
+
+    case $command:$previous in
+        create:--runner | create:--flake | create:-f | create:-*f)
+            compopt -o filenames 2> /dev/null || :
+            mapfile -t COMPREPLY < <(compgen -d -- "$current")
+            return 0
+            ;;
+    esac
+
+    if [[ ! $command ]]; then
+        options='apply create list logs remove restart run ssh start status stop update'
+        [[ $current != -* ]] || options='-l -c -u -r -s -h --help --version'
+    elif [[ $current == -* ]]; then
+        case $command in
+            apply) options='-n --dry-run --json' ;;
+            create) options='-f --flake --runner --start' ;;
+            list) options='--check --json' ;;
+            remove) options='-y --yes' ;;
+            status) options='--json' ;;
+            update) options='-R --restart' ;;
+            *) options= ;;
+        esac
+        options+=' -h --help'
+    else
+        case $command in
+            # One name, then what is not ours to complete.
+            logs | run | ssh | status)
+                for word in "${before[@]:1}"; do
+                    [[ $word == -* ]] || return 0
+                done
+                ;;
+            list | remove | restart | start | stop | update) ;;
+            *) return 0 ;;
+        esac
+        [[ $command != ssh || $current != *@* ]] || prefix=${current%@*}@
+        options=
+        while read -r word; do
+            # Names that stand there already are of no use again.
+            [[ " ${before[*]:1} " == *" $word "* ]] || options+=" $prefix$word"
+        done < <(_microvm_vms "$command")
+    fi
+    mapfile -t COMPREPLY < <(compgen -W "$options" -- "$current")
+
+    # What lies before the last word break is given already, as readline sees it.
+    local given=${current%"${current##*[:@]}"}
+    if [[ $given ]]; then
+        for word in "${!COMPREPLY[@]}"; do
+            COMPREPLY[word]=${COMPREPLY[word]#"$given"}
+        done
+    fi
+}
+
+complete -F _microvm microvm

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: MIT
+"""The documentation names what there is: each sub-command, option, unit page and link."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+from microvm_host import declaration, errors
+from microvm_host.cli import classic, commands
+
+TOP = Path(__file__).parents[2]
+PAGES = sorted((TOP / "man").glob("*.[1-8]"))
+MARKDOWN = sorted([*TOP.glob("*.md"), *(TOP / "docs").rglob("*.md")])
+
+
+def section(page: str, title: str) -> list[str]:
+    """The lines of one section of a manual page."""
+    lines = (TOP / "man" / page).read_text(encoding="utf-8").splitlines()
+    start = lines.index(f".Sh {title}") + 1
+    end = next(at for at in range(start, len(lines)) if lines[at].startswith(".Sh "))
+    return lines[start:end]
+
+
+def flags(line: str) -> set[str]:
+    """The flags that an item of a list describes: `.It Fl n , Fl -dry-run`."""
+    return {f"-{word}" for word in re.findall(r"\bFl (\S+)", line)}
+
+
+def options_of(command: click.Command) -> set[str]:
+    return {
+        text
+        for parameter in command.params
+        if isinstance(parameter, click.Option)
+        for text in parameter.opts
+    }
+
+
+def documented_commands() -> dict[str, tuple[str, set[str]]]:
+    """For each sub-command of microvm(8) its synopsis and the options listed below it."""
+    found: dict[str, tuple[str, set[str]]] = {}
+    name = ""
+    for line in section("microvm.8", "COMMANDS"):
+        if line.startswith(".It Ic "):
+            name = line.split()[2]
+            assert name not in found, f"{name} stands there twice"
+            found[name] = (line, set())
+        elif line.startswith(".It "):
+            found[name][1].update(flags(line))
+    return found
+
+
+def test_manual_lists_each_sub_command() -> None:
+    documented = list(documented_commands())
+    assert documented == sorted(commands.microvm.commands)
+
+
+@pytest.mark.parametrize("name", sorted(commands.microvm.commands))
+def test_manual_lists_each_option(name: str) -> None:
+    synopsis, options = documented_commands()[name]
+    assert options == options_of(commands.microvm.commands[name])
+    assert ("Ar option" in synopsis) == bool(options)
+
+
+def test_manual_lists_the_options_before_a_sub_command() -> None:
+    items = [line for line in section("microvm.8", "DESCRIPTION") if line.startswith(".It ")]
+    known = options_of(commands.microvm) | set(
+        commands.microvm.context_settings["help_option_names"]
+    )
+    assert {flag for line in items for flag in flags(line)} == known
+
+
+def test_manual_lists_the_flags_of_microvm_nix() -> None:
+    items = [
+        line for line in section("microvm.8", "FLAGS OF MICROVM.NIX") if line.startswith(".It ")
+    ]
+    described = {line.split()[2] for line in items}
+    assert described == {"l", "f", "R", *classic._ACTIONS}
+    for letter in described - {"f", "R"}:
+        assert classic.translate([f"-{letter}", "web"])[1:] == ["web"]
+
+
+def test_manual_lists_the_exit_codes() -> None:
+    items = [line for line in section("microvm.8", "EXIT STATUS") if line.startswith(".It ")]
+    codes = {0, errors.EXIT_FAILED, errors.EXIT_USAGE, errors.EXIT_CONFIG}
+    assert {int(line.split()[1]) for line in items} == codes
+
+
+def test_manual_lists_the_keys_of_a_declaration() -> None:
+    items = [line for line in section("microvm.toml.5", "KEYS") if line.startswith(".It ")]
+    assert [line.split()[2] for line in items] == list(declaration._KEYS)
+
+
+def test_manual_names_each_unit() -> None:
+    units = {path.name.removesuffix(".in") for path in (TOP / "units").iterdir()}
+    items = [line for line in section("microvm-host.7", "UNITS") if line.startswith(".It Pa ")]
+    assert {line.split()[2] for line in items} == units
+
+
+@pytest.mark.parametrize("unit", sorted((TOP / "units").iterdir()), ids=lambda path: path.name)
+def test_documentation_of_units_exists(unit: Path) -> None:
+    text = unit.read_text(encoding="utf-8")
+    pages = re.findall(r"man:([\w.-]+)\((\d)\)", text)
+    assert re.search("^Documentation=", text, re.MULTILINE), "no Documentation="
+    for name, number in pages:
+        assert (TOP / f"man/{name}.{number}").is_file(), f"man/{name}.{number} is missing"
+
+
+def test_documentation_of_transient_units_exists() -> None:
+    for source in (TOP / "microvm_host").rglob("*.py"):
+        for name, number in re.findall(r'"man:([\w.-]+)\((\d)\)"', source.read_text("utf-8")):
+            assert (TOP / f"man/{name}.{number}").is_file(), f"{source.name}: {name}({number})"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_manual_page_has_its_name_and_licence(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    name, _, number = page.name.rpartition(".")
+    assert text.startswith('.\\" SPDX-License-Identifier: MIT\n')
+    assert f"\n.Dt {name.upper()} {number}\n" in text
+    assert f"\n.Nm {name}\n" in text
+    # Ours among those that it refers to exist.
+    for other, section_number in re.findall(r"^\.Xr (microvm[\w.-]*) (\d)", text, re.MULTILINE):
+        assert (TOP / f"man/{other}.{section_number}").is_file(), f"{other}({section_number})"
+
+
+@pytest.mark.skipif(shutil.which("man") is None, reason="no man")
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_man_has_no_warnings(page: Path) -> None:
+    done = subprocess.run(
+        ["man", "--warnings", "--encoding=UTF-8", "--local-file", "--ditroff", str(page)],
+        env={**os.environ, "LC_ALL": "C.UTF-8", "MANROFFSEQ": "", "MANWIDTH": "80"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(shutil.which("mandoc") is None, reason="no mandoc")
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_mandoc_has_no_warnings(page: Path) -> None:
+    argv = ["mandoc", "-Tlint", "-Wwarning", str(page)]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def headings(text: str) -> set[str]:
+    """The anchors that a Markdown file's headings have."""
+    found = set()
+    for title in re.findall(r"^#+ (.+)$", text, re.MULTILINE):
+        kept = re.sub(r"[^\w\- ]", "", title.lower())
+        found.add(kept.replace(" ", "-"))
+    return found
+
+
+def links(path: Path) -> Iterator[str]:
+    """The relative links of a Markdown file; code is left out."""
+    text = path.read_text(encoding="utf-8")
+    text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"`[^`\n]*`", "", text)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not re.match(r"[a-z]+:", target):
+            yield target
+
+
+@pytest.mark.parametrize("path", MARKDOWN, ids=lambda path: path.name)
+def test_links_resolve(path: Path) -> None:
+    for target in links(path):
+        file, _, anchor = target.partition("#")
+        destination = path.parent / file if file else path
+        assert destination.exists(), f"{target} leads nowhere"
+        if anchor and destination.suffix == ".md":
+            assert anchor in headings(destination.read_text(encoding="utf-8")), target
