@@ -63,32 +63,35 @@ def create(name: str, source: Source, host: HostPaths) -> Change:
             path=path,
             hint=f"`microvm update {name}` updates it, `microvm remove {name}` removes it",
         )
-    try:
-        return from_source(name, source, host)
-    except BaseException:
-        # Nothing but our own is in a directory that was not there before.
-        shutil.rmtree(path, ignore_errors=True)
-        _forget_gc_roots(name, host)
-        raise
+    return from_source(name, source, host)
 
 
 def from_source(name: str, source: Source, host: HostPaths) -> Change:
     """Take the package from its source, check it, and make it `current`.
 
     Raises:
-        MicrovmHostError: it cannot be had; `current` is as it was.
+        MicrovmHostError: it cannot be had; `current` is as it was, and a VM that was not there
+            is not there now.
         PackageError: it is no package, or a wrong one; likewise.
     """
+    is_new = not os.path.lexists(host.vm(name))
     before = state.pointed_to(host.current(name))
     state.prepare(name, systemd.identity(name).gid, host)
-    is_flake = source.kind == "flake"
-    package = _build(name, source.reference, host) if is_flake else source.reference
-    after = runner.load(package).path
-    _keep_from_collection(name, after, host)
-    _remember(name, source, host)
-    if after != before:
-        state.link(host.current(name), after)
-    _drop_build_link(name, host)
+    try:
+        is_flake = source.kind == "flake"
+        package = _build(name, source.reference, host) if is_flake else source.reference
+        after = runner.load(package).path
+        _keep_from_collection(name, after, host)
+        _remember(name, source, host)
+        if after != before:
+            state.link(host.current(name), after)
+    except BaseException:
+        if is_new:
+            # Nothing but our own is in a directory that was not there before.
+            remove(name, host)
+        raise
+    finally:
+        _drop_build_link(name, host)
     return Change(name, before, after, state.pointed_to(host.booted(name)))
 
 

@@ -113,12 +113,20 @@ def rows(
             raise MicrovmHostError(
                 f"there is no microVM {name}", path=host.vm(name), hint="`microvm list` lists them"
             )
-    active = systemd.states(names.unit("*"))
+    active = systemd.states(names.unit("*"), "microvm-foreground-*.service")
     return [
-        _row(name, active.get(names.unit(name), "inactive"), host, newest_by_nix)
+        _row(name, _active(name, active), host, newest_by_nix)
         for name in only or sorted(present)
         if only or os.path.isdir(host.vm(name))
     ]
+
+
+def _active(name: str, active: dict[str, str]) -> str:
+    """How a VM is, as a service or in the foreground."""
+    state = active.get(names.unit(name), "inactive")
+    if state in ("inactive", "failed"):
+        state = active.get(names.foreground_unit(name), state)
+    return state
 
 
 def _is_name(text: str) -> bool:

@@ -146,6 +146,11 @@ def unit(name: str) -> str:
     return f"microvm@{name}.service"
 
 
+def foreground_unit(name: str) -> str:
+    """The transient unit of `microvm run`."""
+    return f"microvm-foreground-{escape(name)}.service"
+
+
 def share_unit(name: str, tag: str, suffix: str) -> str:
     """The transient unit of one share; `suffix` is `.socket` or `.service`.
 

@@ -58,5 +58,5 @@ def take_back(record: Record, undo: Undo) -> None:
         raise MicrovmHostError(
             f"{len(problems)} of the things that were set up could not be undone",
             path=record.path,
-            hint="the log names them; stop the unit again once they are mended",
+            hint="the log names them; the next start and stop of the VM tries again",
         )

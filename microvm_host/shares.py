@@ -178,7 +178,7 @@ def plan(
         MicrovmHostError: a source does not exist, or there is no virtiofsd to serve it.
     """
     state = host.vm(vm)
-    sockets = {share.tag: socket_path(share, state) for share in shares}
+    sockets = {share.tag: socket_path(share, state, package) for share in shares}
     # The reader compared what the package says; here `x` and `STATE-DIRECTORY/x` are the same.
     tags = {path: tag for tag, path in sockets.items()}
     for tag, path in sockets.items():
@@ -195,18 +195,24 @@ def plan(
     ]
 
 
-def socket_path(share: Share, state_directory: str) -> str:
+def socket_path(share: Share, state_directory: str, package: str) -> str:
     """Where to listen for a share: below the state directory, in directories of root's.
+
+    Args:
+        package: the directory of the runner package, which an error names.
 
     Raises:
         PackageError: outside of it.
         MicrovmHostError: on the way lies what the VM's user could turn elsewhere.
     """
     path = os.path.join(state_directory, share.socket)
+    file = f"{package}/share/microvm/virtiofs/{share.tag}/socket"
     if not path.startswith(f"{state_directory}/"):
         raise PackageError(
             f"the socket {share.socket!r} of share {share.tag!r} lies outside of the VM's state "
             f"directory {state_directory}",
+            path=file,
+            line=1,
             hint="give a path relative to it",
         )
     # sockaddr_un, unix(7): 108 bytes with the final NUL.
@@ -214,6 +220,8 @@ def socket_path(share: Share, state_directory: str) -> str:
         raise PackageError(
             f"the socket {share.socket!r} of share {share.tag!r} makes a path of more than 107 "
             "bytes",
+            path=file,
+            line=1,
             hint="give it a shorter name",
         )
     directory = state_directory

@@ -11,7 +11,7 @@ import click
 
 from .. import __version__, install, listing, names, runner, state
 from .. import apply as application
-from ..errors import EXIT_CONFIG, EXIT_FAILED, MicrovmHostError, UsageError
+from ..errors import EXIT_CONFIG, EXIT_FAILED, MicrovmHostError, PackageError, UsageError
 from ..paths import HostPaths
 from ..source import Source, remembered
 from . import jobs, table
@@ -32,7 +32,7 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON, for pro
 def microvm() -> None:
     """Run microVMs as services of this host.
 
-    A VM is the unit microvm@NAME.service: systemctl, journalctl and machinectl know it.
+    A VM is the unit microvm@NAME.service: systemctl and journalctl know it like any other.
     """
 
 
@@ -189,7 +189,11 @@ def status(vm: str, as_json: bool) -> None:
     row = listing.rows(HOST, (vm,))[0]
     # What runs is what counts; a VM that is down shows what would run.
     link = HOST.booted(vm) if row.booted else HOST.current(vm)
-    package = runner.load(link)
+    try:
+        package = runner.load(link)
+    except PackageError:
+        jobs.show_unit(vm)
+        raise
     details = {
         **listing.as_json(row),
         "hypervisor": package.hypervisor,

@@ -9,7 +9,7 @@ import sys
 import time
 
 from .. import names, systemd, vsock
-from ..errors import MicrovmHostError
+from ..errors import EXIT_CONFIG, MicrovmHostError, PackageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,15 +33,15 @@ def run(verb: str, vms: Sequence[str]) -> None:
     """`systemctl VERB` for VMs, with the time on a terminal and the reason of a failure.
 
     Raises:
+        PackageError: a package is wrong; what about it, was printed.
         MicrovmHostError: it failed; the reasons that the journal has were printed.
     """
     began = time.monotonic()
     since = f"@{time.time():.6f}"
+    units, running = _units(verb, vms)
     progress = _Progress(f"{_DOING[verb]} {', '.join(vms)}")
     # Its standard error, which says "see journalctl", is replaced by what journalctl would show.
-    job = subprocess.Popen(
-        ["systemctl", verb, "--", *map(names.unit, vms)], stderr=subprocess.PIPE, text=True
-    )
+    job = subprocess.Popen(["systemctl", verb, "--", *units], stderr=subprocess.PIPE, text=True)
     try:
         while True:
             try:
@@ -54,16 +54,31 @@ def run(verb: str, vms: Sequence[str]) -> None:
     finally:
         progress.clear()
     # A stop that ended in force is a stop to systemctl; the unit has it as a failure.
-    if job.returncode or (verb == "stop" and _failed(vms)):
-        reasons = _reasons(vms, since) or complaint
-        sys.stderr.write(reasons)
-        raise MicrovmHostError(
-            f"could not {verb} {', '.join(vms)}", hint=f"`microvm status {vms[0]}` shows more"
-        )
+    if job.returncode or (verb == "stop" and "failed" in systemd.states(*running).values()):
+        sys.stderr.write(_reasons(vms, since) or complaint)
+        kind = PackageError if _is_wrong_package(vms) else MicrovmHostError
+        raise kind(f"could not {verb} {', '.join(vms)}", hint=f"microvm status {vms[0]}")
 
 
-def _failed(vms: Sequence[str]) -> bool:
-    return "failed" in systemd.states(*map(names.unit, vms)).values()
+def _units(verb: str, vms: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The units to start or stop for VMs, and those of them that run now."""
+    services = [names.unit(vm) for vm in vms]
+    foreground = [names.foreground_unit(vm) for vm in vms]
+    states = systemd.states(*services, *foreground)
+    running = [unit for unit, state in states.items() if state not in ("inactive", "failed")]
+    if verb == "stop":
+        services += [unit for unit in foreground if unit in running]
+    return services, running
+
+
+def _is_wrong_package(vms: Sequence[str]) -> bool:
+    """Whether it is for a wrong package that one of the VMs is not up."""
+    units = [unit.format(vm) for vm in vms for unit in (*_SET_UP, "microvm@{}.service")]
+    failed = [unit for unit, state in systemd.states(*units).items() if state == "failed"]
+    return any(
+        systemd.show(unit, "ExecMainStatus").get("ExecMainStatus") == str(EXIT_CONFIG)
+        for unit in failed
+    )
 
 
 def _wait_until_undone(vms: Sequence[str], progress: _Progress, began: float) -> None:
@@ -128,12 +143,18 @@ def run_in_foreground(vm: str, host: HostPaths) -> NoReturn:
             f"microVM {vm} is {found['ActiveState']} already", hint=f"microvm stop {vm}"
         )
     set_up = [unit.format(vm) for unit in _SET_UP]
+    # Installed beside the package.
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    helper = f"{os.path.dirname(package)}/helper"
     properties = {
         "Description": f"MicroVM {vm} in the foreground",
         "Requires": " ".join(set_up),
         "After": " ".join(set_up),
         "Conflicts": names.unit(vm),
         "Type": "exec",
+        "ExecStop": f"{helper} stop {vm}",
+        "TimeoutStopSec": "150",
+        "KillMode": "mixed",
         "User": found["User"],
         "Group": found["Group"],
         "WorkingDirectory": host.vm(vm),
@@ -144,11 +165,9 @@ def run_in_foreground(vm: str, host: HostPaths) -> NoReturn:
     }
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     argv = ["systemd-run", "--quiet", "--wait", "--collect", "--pty" if is_terminal else "--pipe"]
-    argv.append(f"--unit=microvm-foreground-{names.escape(vm)}.service")
+    argv.append(f"--unit={names.foreground_unit(vm)}")
     argv += [f"--property={key}={value}" for key, value in properties.items() if value]
-    # Installed beside the package; `booted` is not there yet, so it cannot be named itself.
-    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    _become([*argv, f"{os.path.dirname(package)}/helper", "start", vm])
+    _become([*argv, helper, "start", vm])
 
 
 def become_ssh(user: str, vm: str, cid: int, arguments: Sequence[str]) -> NoReturn:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.host import container
 from tests.host.container import ContainerHost
+from tests.host.fixtures import require_container
 
 from .toolkit import Toolkit
 
@@ -29,10 +29,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(scope="session")
 def toolkit(request: pytest.FixtureRequest) -> Iterator[Toolkit]:
     """A container host of the suite, with the toolkit installed and the guest's image built."""
-    if lack := container.missing():
-        if os.environ.get("CI") == "true":
-            pytest.fail(lack)
-        pytest.skip(lack)
+    require_container()
     with ContainerHost(request.param) as host:
         toolkit = Toolkit(host)
         toolkit.install()

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: MIT
+"""What comes up at boot: enabled and declared VMs, and `microvm apply` between boots.
+
+On hosts of their own, since they are rebooted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.guest.package import Stub, Tap
+from tests.host.container import ContainerHost
+from tests.host.fixtures import require_container
+
+from .toolkit import Toolkit
+
+pytestmark = pytest.mark.container
+
+
+@pytest.fixture(params=["trixie", "bookworm", "sid"])
+def fresh(request: pytest.FixtureRequest) -> Iterator[Toolkit]:
+    """A fresh host with the toolkit."""
+    require_container()
+    with ContainerHost(request.param) as host:
+        toolkit = Toolkit(host)
+        toolkit.install()
+        yield toolkit
+
+
+def is_active(toolkit: Toolkit, vm: str) -> bool:
+    return toolkit.property(f"microvm@{vm}", "ActiveState") == "active"
+
+
+def test_boot(fresh: Toolkit) -> None:
+    """Enabled, declared, declared without autostart, broken: all on one host, one reboot."""
+    host = fresh.host
+    assert fresh.systemctl("is-enabled", "microvms.target").strip() == "enabled"
+    for name in ("enabled", "declared", "manual"):
+        fresh.put(Stub(name=name, taps=(Tap(name=f"{name}0", mac="02:00:00:00:00:01"),)))
+    host.run(["microvm", "create", "enabled", "--runner", "/opt/packages/enabled"])
+    fresh.systemctl("enable", "microvm@enabled")
+    host.write("/etc/microvms/declared.toml", 'runner = "/opt/packages/declared"\n')
+    host.write("/etc/microvms/manual.toml", 'runner = "/opt/packages/manual"\nautostart = false\n')
+    host.write("/etc/microvms/broken.toml", 'runner = "/opt/packages/x"\nautostrat = true\n')
+    host.write("/etc/microvms/gone.toml", 'runner = "/opt/packages/gone"\n')
+    host.reboot()
+    for name, expected in (
+        ("enabled", True),
+        ("declared", True),
+        ("manual", False),
+        ("broken", False),
+        ("gone", False),
+    ):
+        assert is_active(fresh, name) == expected, fresh.status(name)
+    assert fresh.systemctl("is-active", "microvms.target").strip() == "active"
+    assert fresh.sh("readlink /var/lib/microvms/declared/current").strip() == (
+        "/opt/packages/declared"
+    )
+    assert "/opt/packages/gone: no runner package" in fresh.sh(
+        "journalctl --no-pager -b -u install-microvm@gone"
+    )
+    # What the generator complains of goes to the kernel's log, where it is there; the generator
+    # says the same when it is run by hand.
+    by_hand = host.run(
+        [
+            "env",
+            "MICROVM_HOST_ROOT=/",
+            "sh",
+            "-c",
+            "mkdir -p /tmp/g && /usr/local/lib/systemd/system-generators/microvm-generator /tmp/g "
+            "/tmp/g /tmp/g; ls -R /tmp/g",
+        ]
+    )
+    assert "microvm@broken.service" not in by_hand.stdout
+    assert "microvm@declared.service" in by_hand.stdout
+
+    # A declared VM that is started by hand is installed first.
+    fresh.systemctl("start", "microvm@manual")
+    assert is_active(fresh, "manual")
+    assert host.exists("/sys/class/net/manual0")
+
+
+def test_apply(fresh: Toolkit) -> None:
+    host = fresh.host
+    for name in ("one", "two"):
+        fresh.put(Stub(name=name), f"/opt/packages/{name}-1")
+        fresh.put(Stub(name=name), f"/opt/packages/{name}-2")
+        fresh.sh(f"ln -sfn /opt/packages/{name}-1 /opt/{name}")
+    host.write("/etc/microvms/one.toml", 'runner = "/opt/one"\n')
+    host.write("/etc/microvms/two.toml", 'runner = "/opt/two"\nrestart_if_changed = false\n')
+    would = host.run(["microvm", "apply", "--dry-run"]).stdout
+    assert "one: would install /opt/packages/one-1, would start it" in would
+    assert not host.exists("/var/lib/microvms/one")
+    assert host.run(["microvm", "apply"]).stdout == (
+        "one: installed /opt/packages/one-1, started\ntwo: installed /opt/packages/two-1, started\n"
+    )
+    assert is_active(fresh, "one")
+    assert host.run(["microvm", "apply"]).stdout == (
+        "one: up to date (/opt/packages/one-1)\ntwo: up to date (/opt/packages/two-1)\n"
+    )
+    main = fresh.property("microvm@two", "MainPID")
+    fresh.sh("ln -sfn /opt/packages/one-2 /opt/one; ln -sfn /opt/packages/two-2 /opt/two")
+    assert host.run(["microvm", "apply"]).stdout == (
+        "one: updated from /opt/packages/one-1 to /opt/packages/one-2, restarted\n"
+        "two: updated from /opt/packages/two-1 to /opt/packages/two-2, still runs the former: "
+        "systemctl restart microvm@two.service\n"
+    )
+    assert fresh.sh("readlink /var/lib/microvms/one/booted").strip() == "/opt/packages/one-2"
+    assert fresh.property("microvm@two", "MainPID") == main
+
+    # One broken declaration keeps nobody else from it, and the exit code tells.
+    host.write("/etc/microvms/bad.toml", "runner = 7\n")
+    fresh.sh("ln -sfn /opt/packages/one-1 /opt/one")
+    done = host.run(["microvm", "apply"], check=False)
+    assert done.returncode == 78
+    assert "/etc/microvms/bad.toml:1: runner = 7 is not a string" in done.stderr
+    assert "one: updated from /opt/packages/one-2 to /opt/packages/one-1, restarted" in done.stdout
+
+
+def test_uninstalling_leaves_vms_alone_and_removes_all_else(fresh: Toolkit) -> None:
+    host = fresh.host
+    fresh.create(Stub(name="kept"))
+    host.write("/var/lib/microvms/kept/disk.img", "data")
+    host.write("/etc/microvms/other.toml", 'runner = "/opt/packages/kept"\nautostart = false\n')
+    fresh.systemctl("start", "microvm@kept")
+    refused = host.run(["make", "-C", "/usr/src/microvm-host", "uninstall"], check=False)
+    assert refused.returncode != 0
+    assert "microVMs are running" in refused.stderr
+    host.run(["microvm", "stop", "kept"])
+    host.run(["make", "-C", "/usr/src/microvm-host", "uninstall"])
+    left = fresh.sh(
+        "find / -xdev -name '*microvm*' -not -path '/proc/*' -not -path '/usr/src/*' "
+        "-not -path '/opt/*' -not -path '/var/log/*' -not -path '/sys/*'"
+    ).splitlines()
+    assert sorted(left) == ["/etc/microvms", "/var/lib/microvms"], left
+    assert host.read("/var/lib/microvms/kept/disk.img") == "data"
+    assert host.exists("/etc/microvms/other.toml")
+    # And back again, with the VMs as they were.
+    fresh.install()
+    fresh.systemctl("start", "microvm@kept")

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: MIT
+"""The `microvm` command as its users type it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.guest.package import Share, Stub, Tap
+
+from .toolkit import Toolkit, eventually
+
+pytestmark = [pytest.mark.container, pytest.mark.core]
+
+
+def line(toolkit: Toolkit, vm: str) -> str:
+    """The line of a VM in `microvm -l`."""
+    lines = toolkit.sh("microvm -l").splitlines()
+    return next(line for line in lines if line.startswith(f"{vm}: "))
+
+
+def test_listing_through_a_vms_life(toolkit: Toolkit, vm: str) -> None:
+    first = toolkit.put(Stub(name=vm, system="/gone/1111-nixos-system-x-24.05"), "/opt/first")
+    second = toolkit.put(Stub(name=vm, system="/gone/2222-nixos-system-x-24.11"), "/opt/second")
+    toolkit.sh(f"ln -sfn {first} /opt/newest")
+    made = toolkit.sh(f"microvm -c {vm} --runner /opt/newest")
+    assert made == (f"{vm}: installed {first}\nstart it: systemctl start microvm@{vm}.service\n")
+    label = "1111-nixos-system-x-24.05"
+    newer = "2222-nixos-system-x-24.11"
+    assert line(toolkit, vm) == (
+        f"{vm}: current({label}), not booted: systemctl start microvm@{vm}.service"
+    )
+    toolkit.host.run(["microvm", "start", vm])
+    assert line(toolkit, vm) == f"{vm}: current({label})"
+    toolkit.sh(f"ln -sfn {second} /opt/newest")
+    assert line(toolkit, vm) == (
+        f"{vm}: outdated({label}), rebuild({newer}) and reboot: microvm -Ru {vm}"
+    )
+    assert f"systemctl restart microvm@{vm}.service" in toolkit.sh(f"microvm -u {vm}")
+    assert line(toolkit, vm) == (
+        f"{vm}: stale({label}), reboot({newer}): systemctl restart microvm@{vm}.service"
+    )
+    toolkit.host.run(["microvm", "-Ru", vm])
+    assert line(toolkit, vm) == f"{vm}: current({newer})"
+    (found,) = [each for each in json.loads(toolkit.sh("microvm -l --json")) if each["name"] == vm]
+    assert found["active"] == "active"
+    assert found["booted"]["package"] == found["current"]["package"] == second
+    toolkit.sh("rm -rf /opt/second")
+    assert line(toolkit, vm).startswith(f"{vm}: broken, ")
+
+
+def test_the_listing_needs_no_root_and_no_terminal(toolkit: Toolkit, vm: str) -> None:
+    toolkit.create(Stub(name=vm))
+    shown = toolkit.host.run(["microvm", "-l"], user="nobody").stdout
+    assert f"{vm}: current({vm}), not booted" in shown
+    assert "\033" not in shown
+    on_terminal = "script -qec 'microvm -l' /dev/null"
+    assert "\033[1;31m" in toolkit.sh(on_terminal)
+    assert "\033" not in toolkit.sh(f"NO_COLOR=1 {on_terminal}")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "complaint"),
+    [
+        (["frobnicate"], 2, "No such command"),
+        (["-x"], 2, "there is no flag -x"),
+        (["-R"], 2, "none of -l, -c, -u, -r and -s"),
+        (["-l", "-c", "web"], 2, "does not go with"),
+        (["start"], 2, "Missing argument"),
+        (["start", "a/b"], 2, "cannot be the name of a VM"),
+        (["start", "../x"], 2, "cannot be the name of a VM"),
+        (["start", "no-such"], 78, "there is no microVM no-such"),
+        (["status", "no-such"], 1, "there is no microVM no-such"),
+        (["create", "new", "--runner", "/no/where"], 78, "/no/where: no runner package"),
+        (["create", "new", "--runner", "/etc"], 78, "has no bin/microvm-run"),
+        (["create", "new", "--runner", "/x", "--flake", "y"], 2, "do not go together"),
+        (["create", "new", "--flake", "x#y"], 2, "has a '#'"),
+    ],
+)
+def test_wrong_use(toolkit: Toolkit, words: list[str], code: int, complaint: str) -> None:
+    done = toolkit.host.run(["microvm", *words], check=False)
+    assert (done.returncode, complaint in done.stderr) == (code, True), done.stderr
+    assert "Traceback" not in done.stderr
+    assert not toolkit.host.exists("/var/lib/microvms/new")
+    toolkit.systemctl("reset-failed")
+
+
+def test_only_root_creates(toolkit: Toolkit, vm: str) -> None:
+    path = toolkit.put(Stub(name=vm))
+    done = toolkit.host.run(["microvm", "create", vm, "--runner", path], user="nobody", check=False)
+    assert done.returncode == 1
+    assert done.stderr == (f"microvm: this needs root; sudo microvm create {vm} --runner {path}\n")
+
+
+def test_update_keeps_what_works(toolkit: Toolkit, vm: str) -> None:
+    path = toolkit.create(Stub(name=vm))
+    toolkit.sh(f"rm {path}/bin/microvm-run")
+    done = toolkit.host.run(["microvm", "update", vm], check=False)
+    assert done.returncode == 78
+    assert "has no bin/microvm-run" in done.stderr
+    assert toolkit.sh(f"readlink /var/lib/microvms/{vm}/current").strip() == path
+    assert toolkit.host.run(["microvm", "create", vm, "--runner", path], check=False).stderr == (
+        f"microvm: /var/lib/microvms/{vm}: microVM {vm} exists already; `microvm update {vm}` "
+        f"updates it, `microvm remove {vm}` removes it\n"
+    )
+
+
+def test_run_in_the_foreground(toolkit: Toolkit, vm: str) -> None:
+    before = toolkit.footprint()
+    toolkit.create(
+        Stub(
+            name=vm,
+            taps=(Tap(name=f"{vm}a", mac="02:00:00:00:00:01"),),
+            prepare=f"echo tap $(cat /sys/class/net/{vm}a/ifindex)",
+            seconds=1,
+        )
+    )
+    shown = toolkit.sh(f"microvm -r {vm}")
+    assert f"STUB {vm}: started as microvm:kvm in /var/lib/microvms/{vm}" in shown
+    assert "tap " in shown
+    toolkit.await_footprint(before)
+    toolkit.systemctl("start", f"microvm@{vm}")
+    refused = toolkit.host.run(["microvm", "run", vm], check=False)
+    assert refused.returncode == 1
+    assert "is active already" in refused.stderr or "is activating already" in refused.stderr
+
+
+def test_status_and_logs(toolkit: Toolkit, vm: str) -> None:
+    toolkit.sh("mkdir -p /srv/data")
+    toolkit.create(
+        Stub(
+            name=vm,
+            taps=(Tap(name=f"{vm}a", mac="02:00:00:00:00:01"),),
+            shares=(Share(tag="data", source="/srv/data", mount="/mnt", read_only=True),),
+            vsock_cid=99,
+        )
+    )
+    toolkit.host.run(["microvm", "start", vm])
+    shown = toolkit.sh(f"microvm status {vm}")
+    for expected in (f"taps: {vm}a", "share: data → /srv/data (read-only)", "vsock CID: 99"):
+        assert expected in shown
+    assert "Active: active (running)" in shown
+    found = json.loads(toolkit.sh(f"microvm status {vm} --json"))
+    assert found["shares"] == [{"tag": "data", "source": "/srv/data", "read_only": True}]
+    assert found["source"] == f"runner /opt/packages/{vm}"
+    assert f"STUB {vm}: started" in toolkit.sh(f"microvm logs {vm} -n 20")
+    # What set-up units said belongs to it as well.
+    assert f"microvm-tap-interfaces@{vm}" in toolkit.sh(f"microvm logs {vm}")
+
+
+def test_ssh_goes_over_vsock(toolkit: Toolkit, vm: str) -> None:
+    """With a stand-in for ssh that shows how it was called; the proxy itself is real."""
+    toolkit.create(Stub(name=vm, vsock_cid=4242))
+    toolkit.host.write("/opt/fake/ssh", '#!/bin/sh\nfor word; do echo "$word"; done\n', 0o755)
+    shown = toolkit.host.run(
+        ["env", "PATH=/opt/fake:/usr/local/bin:/usr/bin:/bin", "microvm", "ssh", f"joe@{vm}", "ls"]
+    ).stdout.splitlines()
+    assert shown[-4:] == ["-l", "joe", "vsock/4242", "ls"]
+    assert "ProxyUseFdpass=yes" in shown
+    assert f"HostKeyAlias=microvm-{vm}" in shown
+    (proxy,) = [word for word in shown if word.startswith("ProxyCommand=")]
+    command = proxy.removeprefix("ProxyCommand=").replace("%p", "22")
+    done = toolkit.host.run(["sh", "-c", command], check=False)
+    assert done.returncode == 1
+    assert "vsock CID 4242" in done.stderr or "Address family" in done.stderr
+    no_cid = toolkit.host.run(["microvm", "-s", "no-such"], check=False)
+    assert no_cid.returncode == 1
+
+
+def test_remove(toolkit: Toolkit, vm: str) -> None:
+    toolkit.create(Stub(name=vm))
+    toolkit.systemctl("enable", "--now", f"microvm@{vm}")
+    refused = toolkit.host.run(["microvm", "remove", "-y", vm], check=False)
+    assert refused.returncode == 1
+    assert "is running" in refused.stderr
+    toolkit.host.run(["microvm", "stop", vm])
+    asked = toolkit.host.run(["microvm", "remove", vm], input="n\n", check=False)
+    assert asked.returncode == 1
+    assert toolkit.host.exists(f"/var/lib/microvms/{vm}/current")
+    toolkit.host.run(["microvm", "remove", "-y", vm])
+    assert not toolkit.host.exists(f"/var/lib/microvms/{vm}")
+    assert not toolkit.host.exists(
+        f"/etc/systemd/system/microvms.target.wants/microvm@{vm}.service"
+    )
+
+
+def test_stop_returns_when_nothing_is_left(toolkit: Toolkit, vm: str) -> None:
+    toolkit.create(
+        Stub(
+            name=vm,
+            taps=tuple(
+                Tap(name=f"{vm}t{number}", mac=f"02:00:00:00:00:0{number}") for number in range(8)
+            ),
+        )
+    )
+    before = toolkit.footprint()
+    toolkit.host.run(["microvm", "start", vm])
+    assert toolkit.sh(f"microvm stop {vm} && ls -d /sys/class/net/{vm}t*", check=False) == ""
+    assert toolkit.footprint() == before
+
+
+def test_a_guest_that_ends_itself_comes_back(toolkit: Toolkit, vm: str) -> None:
+    """As on NixOS, a VM is up again whatever ended it, and the journal has both runs."""
+    toolkit.create(Stub(name=vm, seconds=0.5))
+    toolkit.host.write(
+        f"/etc/systemd/system/microvm@{vm}.service.d/quick.conf", "[Service]\nRestartSec=100ms\n"
+    )
+    toolkit.systemctl("daemon-reload")
+    toolkit.host.run(["microvm", "start", vm])
+    eventually(
+        lambda: [line for line in toolkit.journal(vm) if f"STUB {vm}: started" in line],
+        lambda starts: len(starts) >= 3,
+        20,
+        "not restarted",
+    )
+    toolkit.host.run(["microvm", "stop", vm], check=False)
