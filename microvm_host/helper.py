@@ -34,9 +34,11 @@ def set_booted(name: str, host: HostPaths) -> None:
     package = runner.load(host.current(name))
     identity = systemd.identity(name)
     state.prepare(name, identity.gid, host)
-    remembered = _identity_record(name, host)
-    remembered.clear()
-    remembered.append(identity.user, str(identity.uid), identity.group, str(identity.gid))
+    booted = _booted_record(name, host)
+    booted.clear()
+    booted.append("user", identity.user, str(identity.uid), identity.group, str(identity.gid))
+    if package.hypervisor is not None:
+        booted.append("hypervisor", package.hypervisor)
     state.link(host.booted(name), package.path)
 
 
@@ -46,7 +48,7 @@ def unset_booted(name: str, host: HostPaths) -> None:
         os.unlink(host.booted(name))
     except FileNotFoundError:
         pass
-    _identity_record(name, host).clear()
+    _booted_record(name, host).clear()
 
 
 def taps_up(name: str, host: HostPaths) -> None:
@@ -114,11 +116,11 @@ def shares_down(name: str, host: HostPaths) -> None:
 
 def start(name: str, host: HostPaths) -> None:
     """Become the hypervisor; runs as the VM's user."""
-    from . import hypervisor, runner
+    from . import hypervisor
 
     package = os.path.realpath(host.booted(name))
     log.status(f"Starting {package}")
-    hypervisor.become(f"{package}/{MICROVM_RUN}", package, runner.load_hypervisor(package))
+    hypervisor.become(f"{package}/{MICROVM_RUN}", package, *_booted(name, host, "hypervisor"))
 
 
 def stop(name: str, host: HostPaths) -> None:
@@ -149,20 +151,29 @@ def install(name: str, host: HostPaths) -> None:
     log.status(change.describe())
 
 
-def _identity_record(name: str, host: HostPaths) -> Record:
-    return Record(host.record(name, "identity"))
+def _booted_record(name: str, host: HostPaths) -> Record:
+    """What set-booted found out once for the rest of the start."""
+    return Record(host.record(name, "booted"))
+
+
+def _booted(name: str, host: HostPaths, what: str) -> list[str]:
+    """The fields that set-booted wrote down of one thing; none if it had nothing to tell."""
+    for verb, *fields in _booted_record(name, host).read():
+        if verb == what:
+            return fields
+    return []
 
 
 def _identity(name: str, host: HostPaths) -> Identity:
-    """Whom the VM runs as, asked of systemd once a start, by set-booted."""
+    """Whom the VM runs as, asked of systemd once a start."""
     from .identity import Identity
 
-    lines = _identity_record(name, host).read()
-    if not lines:
+    fields = _booted(name, host, "user")
+    if not fields:
         raise MicrovmHostError(
-            f"microvm-set-booted@{name} has not run", path=host.record(name, "identity")
+            f"microvm-set-booted@{name} has not run", path=_booted_record(name, host).path
         )
-    user, uid, group, gid = lines[-1]
+    user, uid, group, gid = fields
     return Identity(user, int(uid), group, int(gid))
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
 
-def become(program: str, package: str, hypervisor: str | None) -> NoReturn:
+def become(program: str, package: str, hypervisor: str = "the hypervisor") -> NoReturn:
     """Replace this process by the package's `bin/microvm-run`.
 
     Args:
@@ -38,7 +38,7 @@ def become(program: str, package: str, hypervisor: str | None) -> NoReturn:
             "cannot be executed by this user", path=program, hint="chmod -R a+rX the package"
         )
     # From here on systemd takes the VM for started. What comes next, execve, was checked.
-    log.notify(f"READY=1\nSTATUS=Running {hypervisor or 'the hypervisor'} from {package}")
+    log.notify(f"READY=1\nSTATUS=Running {hypervisor} from {package}")
     try:
         os.execv(program, [program])
     except OSError as error:

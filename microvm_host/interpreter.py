@@ -11,9 +11,13 @@ import sys
 
 
 def add_distribution_packages() -> None:
-    """Do what `site` does at an ordinary start, once."""
+    """Put the distribution's package directories on the path, once.
+
+    What `site` does at an ordinary start, without running the .pth files in them, which would
+    take as long as all else.
+    """
     if "site" not in sys.modules:
         import site
 
         # With -S the import alone does nothing.
-        site.main()
+        sys.path += site.getsitepackages()

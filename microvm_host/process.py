@@ -19,11 +19,13 @@ def output(argv: list[str]) -> str:
     Raises:
         MicrovmHostError: it is missing or did not exit with 0.
     """
+    # Programs of systemd's report to $NOTIFY_SOCKET if there is one: they are not the service.
+    environment = {key: value for key, value in os.environ.items() if key != "NOTIFY_SOCKET"}
     reader, writer = os.pipe()
     try:
         try:
             child = os.posix_spawnp(
-                argv[0], argv, os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, writer, 1)]
+                argv[0], argv, environment, file_actions=[(os.POSIX_SPAWN_DUP2, writer, 1)]
             )
         except OSError as error:
             raise MicrovmHostError(f"cannot run {argv[0]}: {error.strerror}") from error

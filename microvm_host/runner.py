@@ -152,11 +152,6 @@ def load_shares(path: str) -> tuple[Share, ...]:
     return _Reader(path).shares()
 
 
-def load_hypervisor(path: str) -> str | None:
-    """Read just the hypervisor's name of the package at `path`; raises PackageError."""
-    return _Reader(path).hypervisor()
-
-
 class _Reader:
     """Reads the files of one package."""
 

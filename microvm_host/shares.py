@@ -80,14 +80,15 @@ class ServeShare:
         self.systemd.start_transient(
             socket_unit, self.socket_properties(), {service_unit: self.service_properties()}
         )
+        # Nobody else can have put something else in its place: the directory is sticky.
+        os.chown(self.socket, self.identity.uid, self.identity.gid, follow_symlinks=False)
 
     def socket_properties(self) -> Properties:
         return {
             **_common(self.vm, f"Socket of share {self.share.tag} of microVM {self.vm}"),
             **_bound(self.vm),
             "Listen": ("a(ss)", [("Stream", self.socket)]),
-            "SocketUser": ("s", self.identity.user),
-            "SocketGroup": ("s", self.identity.group),
+            # Root's at first. SocketUser= would make it the VM's at the price of a process.
             "SocketMode": ("u", 0o600),
             # Directories that systemd makes on the way belong to root, like the state directory.
             "DirectoryMode": ("u", 0o755),

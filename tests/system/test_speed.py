@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 
 import pytest
 
@@ -17,40 +16,78 @@ pytestmark = pytest.mark.container
 ROUNDS = 5
 
 
+# The plain way: what the peer's units do, in as many units, with the package's own supervisord.
+PLAIN = """
+[plain-set-booted@.service]
+[Unit]
+PartOf=plain@%i.service
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=/bin/sh -c 'ln -sfn $(readlink current) plain-booted'
+ExecStop=/bin/rm plain-booted
+WorkingDirectory=/var/lib/microvms/%i
+[plain-virtiofsd@.service]
+[Unit]
+PartOf=plain@%i.service
+After=plain-set-booted@%i.service
+[Service]
+Type=notify
+NotifyAccess=all
+ExecStart=/opt/plain/bin/virtiofsd-run
+WorkingDirectory=/var/lib/microvms/%i
+[plain@.service]
+[Unit]
+Requires=plain-set-booted@%i.service plain-virtiofsd@%i.service
+After=plain-set-booted@%i.service plain-virtiofsd@%i.service
+[Service]
+ExecStart=/opt/plain/bin/microvm-run
+WorkingDirectory=/var/lib/microvms/%i
+User=microvm
+Group=kvm
+"""
+
+
+def install_plain(toolkit: Toolkit) -> list[str]:
+    """Write the plain units; gives their paths."""
+    paths = []
+    for part in PLAIN.strip().removeprefix("[plain").split("\n[plain"):
+        name, _, text = f"plain{part}".partition("]\n")
+        paths.append(f"/etc/systemd/system/{name}")
+        toolkit.host.write(paths[-1], text + "\n")
+    return paths
+
+
+def milliseconds(toolkit: Toolkit, unit: str) -> float:
+    """How long `systemctl start` takes, measured on the host itself."""
+    line = f"a=$(date +%s%N); systemctl start {unit} || exit 1; b=$(date +%s%N); echo $((b - a))"
+    return int(toolkit.sh(line)) / 1e6
+
+
 def test_a_start_with_a_share_is_20_times_as_fast_as_with_supervisord(
     toolkit: Toolkit, vm: str
 ) -> None:
-    """The same package both ways: the sockets of systemd, and the package's own supervisord."""
+    """Alternating, in one run: the toolkit, and the plain way with the same share."""
     toolkit.sh("mkdir -p /srv/data")
-    share = Share(tag="data", source="/srv/data", mount="/mnt", cache="auto")
-    ours = toolkit.put(Stub(name=vm, shares=(share,)))
-    theirs = toolkit.put(
-        Stub(name=vm, shares=(share,), share_options=False, virtiofsd_run=True), f"/opt/{vm}-theirs"
+    share = Share(tag="data", source="/srv/data", mount="/mnt", posix_acl=True)
+    toolkit.link(vm, toolkit.put(Stub(name=vm, shares=(share,))))
+    toolkit.put(
+        Stub(name=vm, shares=(share,), share_options=False, virtiofsd_run=True), "/opt/plain"
     )
-    # The peer waits for supervisord's own word that its programs run, which comes when they have
-    # stayed up for a second.
-    toolkit.host.write(
-        f"/etc/systemd/system/plain-virtiofsd@{vm}.service",
-        f"[Service]\nType=notify\nNotifyAccess=all\nWorkingDirectory=/var/lib/microvms/{vm}\n"
-        f"ExecStart={theirs}/bin/virtiofsd-run\n",
-    )
-    toolkit.link(vm, ours)
+    paths = install_plain(toolkit)
     toolkit.systemctl("daemon-reload")
     fast, slow = [], []
     for _ in range(ROUNDS):
-        for unit, seconds in ((f"microvm@{vm}", fast), (f"plain-virtiofsd@{vm}", slow)):
-            began = time.monotonic()
-            toolkit.systemctl("start", unit)
-            seconds.append(time.monotonic() - began)
-            if unit.startswith("microvm@"):
-                assert toolkit.sh("pgrep -a python", check=False) == ""
-                toolkit.host.run(["microvm", "stop", vm])
-            else:
-                toolkit.systemctl("stop", unit)
-    toolkit.sh(f"rm /etc/systemd/system/plain-virtiofsd@{vm}.service; systemctl daemon-reload")
+        fast.append(milliseconds(toolkit, f"microvm@{vm}"))
+        # No process of ours: all that runs is the hypervisor.
+        assert toolkit.sh("pgrep -a python", check=False) == ""
+        toolkit.host.run(["microvm", "stop", vm])
+        slow.append(milliseconds(toolkit, f"plain@{vm}"))
+        toolkit.sh(f"systemctl stop plain@{vm} plain-virtiofsd@{vm} plain-set-booted@{vm}")
+    toolkit.sh(f"rm {' '.join(paths)}; systemctl daemon-reload")
     ratio = statistics.median(slow) / statistics.median(fast)
     print(
-        f"toolkit {statistics.median(fast) * 1000:.0f} ms, "
-        f"supervisord alone {statistics.median(slow) * 1000:.0f} ms, ratio {ratio:.1f}"
+        f"toolkit {statistics.median(fast):.0f} ms, with supervisord "
+        f"{statistics.median(slow):.0f} ms, ratio {ratio:.1f}"
     )
-    assert ratio >= 20
+    assert ratio >= 20, (fast, slow)
