@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: MIT
-# make demo      boots a throw-away host and runs a microVM in it
-# make test      all tests, in throw-away hosts; installs what they need
-# make check     format, types, unit, golden and static tests: no root, under a minute
-# make install   into this machine (DESTDIR, PREFIX and the directories below are honoured)
+# make demo        boots a throw-away host and runs a microVM in it, start to end
+# make demo-shell  the same, leaving you at a shell of that host
+# make test        all tests, in throw-away hosts; installs what they need
+# make check       format, types, unit, golden and static tests: no root, under a minute
+# make install     into this machine (DESTDIR, PREFIX and the directories below are honoured)
+# make uninstall   takes that back; VMs, their state and their declarations stay
+# make clean       what tests and demo keep for the next time: roots of hosts, the Python tools
 
 PREFIX ?= /usr/local
 DESTDIR ?=
@@ -33,7 +36,7 @@ PLAIN_UNITS = $(notdir $(wildcard units/*.target))
 PACKAGES = $(sort $(dir $(wildcard microvm_host/*.py microvm_host/*/*.py)))
 MANPAGES = $(notdir $(wildcard man/*.[1-8]))
 
-.PHONY: all install uninstall
+.PHONY: all install uninstall check test demo demo-shell format clean
 all:
 	@sed -n 's/^# make/make/p' Makefile
 
@@ -94,3 +97,52 @@ ifeq ($(DESTDIR),)
 	rmdir --ignore-fail-on-non-empty /run/microvm-host 2>/dev/null || true
 	if [ -d /run/systemd/system ]; then systemctl daemon-reload; fi
 endif
+
+# Tools for checks and tests, in an environment of their own outside of the checkout. It is made
+# anew when the list of them changes, or the Python.
+TEST_PYTHON ?= python3
+CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/microvm-host
+TOOLS_KEY = $(shell { cat tests/requirements.txt; $(TEST_PYTHON) -VV; } | sha256sum | cut -c1-12)
+TOOLS = $(CACHE)/tools-$(TOOLS_KEY)
+# Test hosts need root; `sudo` keeps the environment's few settings that matter.
+AS_ROOT = $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=CI,MICROVM_HOST_TEST_CACHE)
+
+.SILENT: $(TOOLS)/done prerequisites
+.PHONY: prerequisites
+prerequisites:
+	tests/prerequisites
+
+$(TOOLS)/done: | prerequisites
+	echo "making the environment for tests in $(TOOLS)" >&2
+	mkdir -p $(CACHE)
+	$(TEST_PYTHON) -m venv --clear $(TOOLS)
+	$(TOOLS)/bin/python -m pip install -q --disable-pip-version-check -r tests/requirements.txt
+	touch $@
+
+CODE = microvm_host tests
+
+# -B: nothing is written into the checkout, by whichever user.
+PYTEST = $(TOOLS)/bin/python -B -m pytest -p no:cacheprovider
+
+check: $(TOOLS)/done
+	$(TOOLS)/bin/ruff format --no-cache --check -q $(CODE)
+	$(TOOLS)/bin/ruff check --no-cache -q $(CODE)
+	$(TOOLS)/bin/mypy --cache-dir=$(CACHE)/mypy $(CODE)
+	$(PYTEST) -q tests/unit tests/static
+
+format: $(TOOLS)/done
+	$(TOOLS)/bin/ruff check --no-cache -q --fix $(CODE)
+	$(TOOLS)/bin/ruff format --no-cache -q $(CODE)
+
+test: check
+	$(AS_ROOT) $(PYTEST) tests/guest tests/host tests/system
+
+demo: prerequisites
+	$(AS_ROOT) $(TEST_PYTHON) -B -m tests.demo
+
+demo-shell: prerequisites
+	$(AS_ROOT) $(TEST_PYTHON) -B -m tests.demo --shell
+
+clean:
+	$(AS_ROOT) $(TEST_PYTHON) -B -m tests.host clean
+	rm -rf $(CACHE)

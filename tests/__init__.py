@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Tests, test hosts and the demonstration."""

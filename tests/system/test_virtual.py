@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: MIT
+"""What takes a real machine: macvtaps and their nodes, udev, vsock, limits, a real reboot.
+
+The host is emulated where the developer's machine has no KVM, so that seconds are long there;
+microVMs in it run with KVM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.guest.image import Image
+from tests.guest.package import Guest, Macvtap, Share, Stub, Tap
+from tests.host.fixtures import require_virtual
+from tests.host.virtual import VirtualHost
+
+from .toolkit import IMAGE, Toolkit
+
+pytestmark = pytest.mark.virtual
+
+# The card that the host has for it (tests/host/virtual.py).
+SPARE = "spare0"
+
+
+@pytest.fixture(scope="module")
+def machine() -> Iterator[Toolkit]:
+    """A virtual host with the toolkit."""
+    require_virtual()
+    with VirtualHost() as host:
+        toolkit = Toolkit(host)
+        toolkit.install()
+        toolkit.build_image()
+        yield toolkit
+
+
+def test_the_whole_package(machine: Toolkit) -> None:
+    """2 taps with queues, a macvtap, 3 shares, all for a guest under KVM, and all gone after."""
+    sources = {"plain": "/srv/with a space", "home/alice": "/srv/alice", "ro": "/srv/ro"}
+    for source in sources.values():
+        machine.sh(f"mkdir -p '{source}' && echo 'from {source}' > '{source}/hello'")
+    before = machine.footprint()
+    machine.create(
+        Guest(
+            name="whole",
+            image=Image(Path(IMAGE)),
+            placement="refer",
+            image_prefix=IMAGE,
+            cpus=2,
+            taps=(
+                Tap(name="whole0", mac="02:00:00:00:01:01", address="10.77.1.2/24"),
+                Tap(name="whole1", mac="02:00:00:00:01:02", address="10.77.2.2/24"),
+            ),
+            macvtaps=(
+                Macvtap(
+                    name="whole2",
+                    mac="02:00:00:00:01:03",
+                    link=SPARE,
+                    mode="bridge",
+                    address="10.0.3.9/24",
+                ),
+            ),
+            shares=(
+                Share(tag="plain", source=sources["plain"], mount="/mnt/plain"),
+                Share(tag="home/alice", source=sources["home/alice"], mount="/mnt/alice"),
+                Share(tag="ro", source=sources["ro"], mount="/mnt/ro", read_only=True),
+            ),
+            # The other side of the spare card: reached through the macvtap alone.
+            pings=("10.0.3.2",),
+        )
+    )
+    machine.systemctl("start", "microvm@whole", timeout=120)
+    machine.sh("ip address add 10.77.1.1/24 dev whole0")
+    lines = machine.await_line("whole", "GUEST whole: ready", timeout=180)
+    text = "\n".join(lines)
+    for mac in ("02:00:00:00:01:01", "02:00:00:00:01:02", "02:00:00:00:01:03"):
+        assert any(mac in line and "driver virtio_net" in line for line in lines), text
+    for tag, source in sources.items():
+        assert f"GUEST whole: share {tag} file hello: from {source}" in lines, text
+    assert "GUEST whole: share ro write: Read-only file system" in lines, text
+    assert "GUEST whole: share plain write: ok" in lines, text
+    assert "GUEST whole: ping 10.0.3.2 ok" in lines, text
+    assert "1 received" in machine.sh("ping -c1 -W20 10.77.1.2")
+
+    index = machine.host.read("/sys/class/net/whole2/ifindex").strip()
+    assert machine.sh(f"stat -c '%U:%G %a' /dev/tap{index}").strip() == "microvm:kvm 600"
+    details = machine.sh("ip -details link show whole2")
+    assert "macvtap mode bridge" in details
+    assert "ALLMULTI" in details or "allmulti 1" in details, details
+    assert machine.host.read("/proc/sys/net/ipv6/conf/whole2/disable_ipv6") == "1\n"
+    assert "inet6" not in machine.sh("ip address show whole2")
+
+    main = machine.property("microvm@whole", "MainPID")
+    limits = machine.host.read(f"/proc/{main}/limits").splitlines()
+    (locked,) = [line for line in limits if line.startswith("Max locked memory")]
+    (files,) = [line for line in limits if line.startswith("Max open files")]
+    assert locked.split()[3] == "unlimited"
+    assert files.split()[3] == "1048576"
+    assert "accel=kvm" in machine.host.read(f"/proc/{main}/cmdline")
+
+    machine.systemctl("stop", "microvm@whole", timeout=120)
+    assert machine.property("microvm@whole", "Result") == "success"
+    machine.await_footprint(before, timeout=60)
+    assert not machine.host.exists(f"/dev/tap{index}")
+    machine.remove("whole")
+
+
+def test_a_drop_in_makes_the_macvtaps_node_alices(machine: Toolkit) -> None:
+    machine.sh("id alice 2>/dev/null || useradd --create-home alice")
+    machine.create(
+        Stub(
+            name="hers",
+            macvtaps=(Macvtap(name="hers0", mac="02:00:00:00:02:01", link=SPARE, mode="private"),),
+        )
+    )
+    machine.host.write(
+        "/etc/systemd/system/microvm@hers.service.d/user.conf",
+        "[Service]\nUser=alice\nGroup=alice\n",
+    )
+    machine.systemctl("daemon-reload")
+    before = machine.footprint()
+    machine.systemctl("start", "microvm@hers", timeout=120)
+    index = machine.host.read("/sys/class/net/hers0/ifindex").strip()
+    # As good as any later event of udev's: it must not take the node back.
+    machine.sh("udevadm trigger --action=change /sys/class/net/hers0; udevadm settle")
+    assert machine.sh(f"stat -c '%U:%G %a' /dev/tap{index}").strip() == "alice:alice 600"
+    opened = machine.host.run(
+        ["python3", "-c", f"open('/dev/tap{index}', 'r+b', 0); print('opened')"],
+        user="alice",
+        check=False,
+    )
+    assert opened.stdout == "opened\n", opened.stderr
+    machine.systemctl("stop", "microvm@hers", timeout=120)
+    machine.await_footprint(before, timeout=60)
+    machine.remove("hers")
+
+
+def test_a_macvtap_that_cannot_be_made_is_refused(machine: Toolkit) -> None:
+    machine.create(
+        Stub(
+            name="lost",
+            taps=(Tap(name="lost0", mac="02:00:00:00:03:01"),),
+            macvtaps=(Macvtap(name="lost1", mac="02:00:00:00:03:02", link="eth77", mode="bridge"),),
+        )
+    )
+    before = machine.footprint()
+    started = machine.host.run(["systemctl", "start", "microvm@lost"], check=False, timeout=120)
+    assert started.returncode
+    assert "macvtap lost1 is to stand on eth77, which this host lacks" in machine.status("lost")
+    machine.systemctl("reset-failed")
+    machine.await_footprint(before, timeout=60)
+    machine.remove("lost")
+
+
+def test_ssh_over_vsock(machine: Toolkit) -> None:
+    """A real login through the proxy of `microvm ssh`, on the loopback CID."""
+    machine.sh(
+        "modprobe vsock_loopback; test -e /root/.ssh/id_ed25519 || "
+        "ssh-keygen -q -t ed25519 -N '' -f /root/.ssh/id_ed25519; "
+        "cat /root/.ssh/id_ed25519.pub >> /root/.ssh/authorized_keys"
+    )
+    # sshd, on a connection that systemd took: as guests do it.
+    machine.host.write(
+        "/etc/systemd/system/vsock-sshd.socket",
+        "[Socket]\nListenStream=vsock::2222\nAccept=yes\n",
+    )
+    machine.host.write(
+        "/etc/systemd/system/vsock-sshd@.service",
+        "[Service]\nExecStart=-/usr/sbin/sshd -i\nStandardInput=socket\nRuntimeDirectory=sshd\n",
+    )
+    machine.systemctl("daemon-reload")
+    machine.systemctl("start", "vsock-sshd.socket")
+    proxy = "python3 -IS /usr/local/lib/microvm-host/microvm_host/vsock.py 1 2222"
+    done = machine.host.run(
+        ["ssh", "-o", f"ProxyCommand={proxy}", "-o", "ProxyUseFdpass=yes"]
+        + ["-o", "StrictHostKeyChecking=no", "root@anything", "echo", "over vsock"],
+        timeout=120,
+    )
+    assert done.stdout == "over vsock\n"
+
+
+def test_up_again_after_a_real_reboot(machine: Toolkit) -> None:
+    machine.create(Stub(name="always", taps=(Tap(name="always0", mac="02:00:00:00:04:01"),)))
+    machine.systemctl("enable", "--now", "microvm@always", timeout=120)
+    machine.host.write("/etc/microvms/broken.toml", "runner = \n")
+    machine.host.reboot()
+    assert machine.systemctl("is-active", "microvm@always").strip() == "active"
+    assert machine.host.exists("/sys/class/net/always0")
+    for module in ("tun", "macvtap", "vhost_net", "vhost_vsock"):
+        assert machine.host.exists(f"/sys/module/{module}"), module
+    # The generator has only the kernel's log to say what it skipped.
+    log = machine.sh("journalctl --no-pager -b -k -o cat -t microvm-generator")
+    assert "/etc/microvms/broken.toml:1: is not TOML" in log
+    machine.systemctl("stop", "microvm@always", timeout=120)
+    machine.remove("always")
