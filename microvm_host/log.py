@@ -15,7 +15,7 @@ import os
 import sys
 from _socket import AF_UNIX, SOCK_CLOEXEC, SOCK_DGRAM, socket
 
-from .names import unit
+from . import names
 from .paths import HostPaths
 
 ERR, WARNING, NOTICE, INFO, DEBUG = 3, 4, 5, 6, 7
@@ -59,20 +59,32 @@ def info(message: str, *, vm: str | None = None) -> None:
 
 
 def _to_journal(priority: int, message: str, vm: str) -> bool:
-    """Send the message to journald itself; False if this is no service or journald is away.
+    """Send the message to journald itself; False if that would not be shown with the VM.
 
     The format is systemd's "Journal Native Protocol": fields a line, and a value that has a line
     break of its own as its length in eight bytes, little-endian, before it. We fold those.
     """
-    if "JOURNAL_STREAM" not in os.environ:
+    # Only root's word counts for a unit that is not its own; the others are the VM's own unit.
+    if "JOURNAL_STREAM" not in os.environ or os.geteuid() != 0:
         return False
+    host = HostPaths.from_environment()
     text = message.replace("\n", " ")
-    identifier = os.environ.get("SYSLOG_IDENTIFIER", "microvm-host")
-    datagram = (
-        f"MESSAGE={text}\nPRIORITY={priority}\nSYSLOG_IDENTIFIER={identifier}\n"
-        f"OBJECT_SYSTEMD_UNIT={unit(vm)}\nMICROVM_NAME={vm}\n"
-    )
-    return _send(HostPaths.from_environment().journal_socket, datagram)
+    datagram = f"MESSAGE={text}\nPRIORITY={priority}\nSYSLOG_IDENTIFIER=microvm-host\n"
+    # The helper's own unit is named too. journald looks it up by our pid, which is gone by then.
+    for unit in dict.fromkeys((names.unit(vm), _own_unit(host))):
+        if unit:
+            datagram += f"OBJECT_SYSTEMD_UNIT={unit}\n"
+    return _send(host.journal_socket, f"{datagram}MICROVM_NAME={vm}\n")
+
+
+def _own_unit(host: HostPaths) -> str:
+    """The service that this process belongs to; nothing if it is in none (cgroups(7))."""
+    try:
+        with open(host.own_cgroup, encoding="ascii") as file:
+            units = [line.rstrip("\n").rsplit("/", 1)[-1] for line in file]
+    except OSError:
+        return ""
+    return next((unit for unit in units if unit.endswith(".service")), "")
 
 
 def notify(state: str) -> None:

@@ -95,6 +95,11 @@ class HostPaths:
         return self.at("/run/systemd/journal/socket")
 
     @property
+    def own_cgroup(self) -> str:
+        """Tells the cgroup of the process that reads it, which is its unit's."""
+        return self.at("/proc/self/cgroup")
+
+    @property
     def kmsg(self) -> str:
         return self.at("/dev/kmsg")
 

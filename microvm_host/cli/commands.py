@@ -192,7 +192,8 @@ def status(vm: str, as_json: bool) -> None:
     try:
         package = runner.load(link)
     except PackageError:
-        jobs.show_unit(vm)
+        if not as_json:
+            jobs.show_unit(vm)
         raise
     details = {
         **listing.as_json(row),
