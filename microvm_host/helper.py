@@ -212,6 +212,13 @@ def main(argv: list[str]) -> int:
     except OSError as error:
         log.error(f"{error.filename or argv[1]}: {error.strerror}", vm=name)
         return EXIT_FAILED
+    except Exception:
+        # A mistake of ours. There is no standard error that would show it.
+        from traceback import format_exc
+
+        for line in format_exc().splitlines():
+            log.error(line, vm=name)
+        return EXIT_FAILED
     return 0
 
 

@@ -268,7 +268,8 @@ def _import_pystemd() -> tuple[Any, Any]:
     Raises:
         ImportError: it is not installed, or not of a kind that can be loaded so.
     """
-    from importlib.machinery import PathFinder
+    # importlib.machinery has it too, for a millisecond.
+    from _frozen_importlib_external import PathFinder
 
     found = PathFinder.find_spec("pystemd")
     if found is None or found.submodule_search_locations is None:

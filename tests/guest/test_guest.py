@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The guest boots and tells; the packages have the contract's bytes.
 
-Boots run under QEMU on this machine, as this user, without any of its network. They need a tree to
-make the guest from: ``MICROVM_GUEST_IMAGE`` names a finished image, ``MICROVM_GUEST_ROOT`` a Debian
-tree; without either, this machine's own root is tried.
+Boots run under QEMU on this machine, as this user, without any of its network. The guest is made
+from the root of the test hosts; ``MICROVM_GUEST_IMAGE`` names a finished image instead, and
+``MICROVM_GUEST_ROOT`` another Debian tree.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from pathlib import Path
 from types import TracebackType
 
 import pytest
+
+from tests.host.fixtures import require, require_container
+from tests.host.root import DEFAULT_SUITE, with_tree
 
 from . import __main__ as command
 from .image import Image, ImageError, build, find_kernel
@@ -124,16 +127,15 @@ class Console:
 @pytest.fixture(scope="session")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Image:
     """The guest's kernel and initrd."""
-    if shutil.which("qemu-system-x86_64") is None:
-        pytest.skip("needs qemu-system-x86_64")
+    require(None if shutil.which("qemu-system-x86_64") else "qemu-system-x86_64 is not installed")
     ready = os.environ.get("MICROVM_GUEST_IMAGE")
     if ready:
         return Image(Path(ready))
-    root = Path(os.environ.get("MICROVM_GUEST_ROOT", "/"))
-    try:
-        return build(root, tmp_path_factory.mktemp("image"))
-    except ImageError as error:
-        pytest.skip(f"needs a Debian tree with a kernel and busybox-static: {error}")
+    tree = os.environ.get("MICROVM_GUEST_ROOT")
+    if tree is None:
+        require_container()
+        tree = str(with_tree(DEFAULT_SUITE).tree)
+    return build(Path(tree), tmp_path_factory.mktemp("image"))
 
 
 @pytest.fixture

@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: MIT
+"""The house holds: arrows run down only, and what runs at each start imports little.
+
+Arrows are read from the code; imports under `if TYPE_CHECKING` are for type checkers and do not
+count. What is really loaded is looked at in a fresh interpreter, called as the helpers are.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+PACKAGE = REPOSITORY / "microvm_host"
+
+# From the ground up: a module imports only what is in layers below its own.
+LAYERS: tuple[set[str], ...] = (
+    {"errors", "frozen", "vsock"},
+    {"names", "paths", "identity", "interpreter", "process", "record", "source", "state"},
+    {"log", "runner", "declaration"},
+    {"plan", "systemd"},
+    # What changes the host; these do not know of each other.
+    {"links", "shares", "hypervisor"},
+    {"install", "listing"},
+    {"apply"},
+    # Entry points, which nothing imports.
+    {"generator", "helper", "cli"},
+)
+LAYER = {module: number for number, layer in enumerate(LAYERS) for module in layer}
+# Third parties, and the only modules that may import them.
+KEEPERS = {
+    "pystemd": {"systemd"},
+    "pyroute2": {"links"},
+    "click": {"cli"},
+    "lxml": set[str](),
+    "argparse": set[str](),
+    "asyncio": set[str](),
+    "dataclasses": set[str](),
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    """The part of the house that a file belongs to: `links`, or `cli` for all of cli/."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def runtime_nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes but those that only type checkers see."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            for other in node.orelse:
+                yield other
+                yield from runtime_nodes(other)
+            continue
+        yield node
+        yield from runtime_nodes(node)
+
+
+def imports(path: Path) -> Iterator[tuple[int, str, str]]:
+    """What a file imports: line, module of the toolkit (or ``), module of others (or ``)."""
+    depth = len(path.relative_to(PACKAGE).parts) - 1
+    for node in runtime_nodes(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                top, _, inner = alias.name.partition(".")
+                ours = top == "microvm_host"
+                yield node.lineno, inner.split(".")[0] if ours else "", "" if ours else top
+        elif isinstance(node, ast.ImportFrom):
+            if node.level == 0:
+                yield node.lineno, "", (node.module or "").split(".")[0]
+            elif node.level == depth + 1:
+                found = [node.module] if node.module else [alias.name for alias in node.names]
+                for name in found:
+                    if (PACKAGE / name.split(".")[0]).is_dir() or (
+                        PACKAGE / f"{name.split('.')[0]}.py"
+                    ).is_file():
+                        yield node.lineno, name.split(".")[0], ""
+
+
+def test_each_module_has_its_layer() -> None:
+    assert {module_of(path) for path in FILES} == {*LAYER, "__init__"}
+    assert sum(map(len, LAYERS)) == len(LAYER)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_arrows_run_down(path: Path) -> None:
+    module = module_of(path)
+    if module == "__init__":
+        assert list(imports(path)) in ([], [(0, "", "__future__")])
+        return
+    for line, ours, theirs in imports(path):
+        if ours and ours != module:
+            assert LAYER[ours] < LAYER[module], f"{path}:{line}: {module} must not import {ours}"
+        if theirs in KEEPERS:
+            assert module in KEEPERS[theirs], f"{path}:{line}: {module} must not import {theirs}"
+
+
+def test_ground_imports_nothing() -> None:
+    for name in ("errors.py", "frozen.py"):
+        found = [each for each in imports(PACKAGE / name) if each[2] != "__future__"]
+        assert found == []
+
+
+def test_nothing_below_an_entry_point_exits() -> None:
+    for path in FILES:
+        if module_of(path) in ("cli", "helper", "vsock"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            named = isinstance(node, ast.Attribute) and ast.unparse(node) in (
+                "sys.exit",
+                "os._exit",
+            )
+            raised = isinstance(node, ast.Name) and node.id in ("SystemExit", "exit", "quit")
+            assert not named and not raised, f"{path}:{getattr(node, 'lineno', 0)}: exits"
+
+
+# ---- paths of the host
+
+HOST = ("/bin", "/boot", "/dev", "/etc", "/home", "/proc", "/run", "/sys", "/tmp", "/usr", "/var")
+
+
+def literals(path: Path) -> Iterator[tuple[int, str]]:
+    """The strings of a file that are no docstrings."""
+    tree = ast.parse(path.read_text())
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and id(node) not in docstrings:
+            if isinstance(node.value, bytes):
+                yield node.lineno, node.value.decode(errors="replace")
+            elif isinstance(node.value, str):
+                yield node.lineno, node.value
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_paths_of_the_host_stand_in_one_place(path: Path) -> None:
+    if module_of(path) == "paths":
+        return
+    for line, text in literals(path):
+        # At the beginning of a string: a message may tell of /etc, and /share/… is the package's.
+        named = [place for place in HOST if text == place or text.startswith(f"{place}/")]
+        assert not named, f"{path}:{line}: {text!r} belongs into paths.py"
+
+
+# ---- what is really loaded
+
+BASE = "import sys; before = set(sys.modules)\n"
+REPORT = "import json; print(json.dumps(sorted(set(loaded) - before)))\n"
+
+
+def loaded(code: str, root: Path, **environment: str) -> set[str]:
+    """The modules that code loads in an interpreter that was started as the helpers are."""
+    done = subprocess.run(
+        [sys.executable, "-B", "-I", "-S", "-c", code],
+        env={"PATH": "/usr/bin:/bin", "MICROVM_HOST_ROOT": str(root), **environment},
+        capture_output=True,
+        text=True,
+        cwd=root,
+    )
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def ours(*names: str) -> set[str]:
+    return {"microvm_host", *(f"microvm_host.{name}" for name in names)}
+
+
+def test_generator_imports_little(tmp_path: Path) -> None:
+    found = loaded(
+        f"{BASE}sys.path.insert(0, {str(REPOSITORY)!r})\n"
+        f"import microvm_host.generator\nloaded = list(sys.modules)\n{REPORT}",
+        tmp_path,
+    )
+    costly = {"click", "pyroute2", "pystemd", "lxml", "subprocess", "dataclasses", "inspect"}
+    costly |= {"asyncio", "json", "argparse", "logging", "pathlib", "shutil", "tempfile", "socket"}
+    assert not found & costly
+    assert {name for name in found if name.startswith("microvm_host")} == ours(
+        "declaration", "errors", "frozen", "generator", "log", "names", "paths", "source"
+    )
+
+
+ALWAYS = ours("errors", "frozen", "helper", "log", "names", "paths", "record") | {
+    *("__future__", "_socket"),
+    *("os", "os.path", "posixpath", "genericpath", "stat", "_stat", "_collections_abc", "abc"),
+}
+READS = ours("runner") | {"errno"}
+LINKS = ours("identity", "interpreter", "links", "plan", "runner") | {
+    *("_struct", "errno", "fcntl", "struct", "time")
+}
+# `site` is what knows where the distribution's packages are; the rest stands for pystemd.
+SYSTEMD = ours("identity", "interpreter", "process", "systemd") | {
+    *("_sitebuiltins", "errno", "grp", "pwd", "site", "time"),
+    *("pystemd.dbuslib",),
+}
+BUDGET: dict[str, set[str]] = {
+    "set-booted": READS | SYSTEMD | ours("state"),
+    "unset-booted": set(),
+    "tap-interfaces-up": LINKS,
+    "tap-interfaces-down": LINKS,
+    "macvtap-interfaces-up": LINKS,
+    "macvtap-interfaces-down": LINKS,
+    "virtiofsd-up": READS | SYSTEMD | ours("plan", "shares"),
+    "virtiofsd-down": SYSTEMD | ours("plan", "shares"),
+    "start": ours("hypervisor") | {"_signal", "select", "time"},
+    "stop": ours("hypervisor") | {"_signal", "select", "time"},
+}
+# Loaded by the importing of extension modules and by `python -c`, whatever the code.
+MACHINERY = {"importlib", "importlib._bootstrap", "importlib._bootstrap_external"} | {
+    *("importlib.machinery", "_frozen_importlib", "_frozen_importlib_external", "warnings"),
+}
+COSTLY = {"re", "dataclasses", "subprocess", "json", "typing", "inspect", "enum", "signal"} | {
+    *("collections", "socket", "pathlib", "contextlib", "click", "pyroute2", "lxml", "logging")
+}
+
+FAKE_PYSTEMD = """
+class Reply:
+    body = b"/a/path"
+
+class DBusAddress:
+    def __init__(self, address, peer_to_peer=False):
+        pass
+
+    def open(self):
+        pass
+
+    def close(self):
+        pass
+
+    def call_method(self, *arguments):
+        return Reply
+
+    def get_property(self, destination, path, interface, name, signature):
+        return {b"User": USER, b"Group": b"", b"DynamicUser": False}[name]
+
+def apply_signature(signature, values):
+    return []
+"""
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A host with the VM `web`, whose package has all kinds of files and nothing in them."""
+    package, state = tmp_path / "package", tmp_path / "var/lib/microvms/web"
+    for directory in (package / "bin", package / "share/microvm/virtiofs", state):
+        directory.mkdir(parents=True)
+    for program in ("bin/microvm-run", "bin/microvm-shutdown"):
+        (package / program).write_text("#!/bin/sh\n")
+        (package / program).chmod(0o755)
+    for file in ("tap-interfaces", "macvtap-interfaces"):
+        (package / "share/microvm" / file).write_text("")
+    (state / "current").symlink_to(package)
+    (state / "booted").symlink_to(package)
+    record = tmp_path / "run/microvm-host/web/booted"
+    record.parent.mkdir(parents=True)
+    record.write_text(f"user\tme\t{os.getuid()}\tus\t{os.getgid()}\nhypervisor\tqemu\n")
+    (tmp_path / "usr/libexec").mkdir(parents=True)
+    (tmp_path / "usr/libexec/virtiofsd").write_text("")
+    (tmp_path / "usr/libexec/virtiofsd").chmod(0o755)
+    (tmp_path / "lib/pystemd").mkdir(parents=True)
+    (tmp_path / "lib/pystemd/dbuslib.py").write_text(
+        FAKE_PYSTEMD.replace("USER", repr(str(os.getuid()).encode()))
+    )
+    # Costly, as the real one is: nobody is to load it.
+    (tmp_path / "lib/pystemd/__init__.py").write_text("import dataclasses, json\n")
+    return tmp_path
+
+
+def test_budget_names_each_verb_of_a_start_and_a_stop() -> None:
+    tree = ast.parse((PACKAGE / "helper.py").read_text())
+    verbs = next(
+        {ast.literal_eval(key) for key in node.value.keys if key is not None}
+        for node in ast.walk(tree)
+        if isinstance(node, ast.AnnAssign)
+        and ast.unparse(node.target) == "VERBS"
+        and isinstance(node.value, ast.Dict)
+    )
+    # Bringing a package in is no part of a start; a build takes longer than any import.
+    assert verbs == {*BUDGET, "install"}
+
+
+@pytest.mark.parametrize("verb", BUDGET)
+def test_helper_imports_no_more_than_its_verb_needs(verb: str, root: Path) -> None:
+    # What takes root, or would replace this process, is put aside; nothing else.
+    code = f"""{BASE}
+sys.path[:0] = [{str(REPOSITORY)!r}, {str(root / "lib")!r}]
+import os
+os.fchown = os.chown = os.fchmod = lambda *_, **__: None
+class Became(BaseException): pass
+def become(*_): raise Became
+os.execv = become
+lstat = os.lstat
+def roots(path, **named):
+    status = list(lstat(path, **named))
+    status[4] = 0
+    return os.stat_result(status)
+os.lstat = roots
+from microvm_host import helper
+code = 0
+try:
+    code = helper.main(["helper", {verb!r}, "web"])
+except Became:
+    pass
+loaded = list(sys.modules)
+if code: sys.exit(code)
+{REPORT}"""
+    # A process that is there no more, so that there is nobody to wait for.
+    child = os.posix_spawn("/bin/true", ["true"], {})
+    os.waitpid(child, 0)
+    found = loaded(code, root, MAINPID=str(child))
+    assert not found & COSTLY
+    assert found <= ALWAYS | BUDGET[verb] | MACHINERY

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: MIT
+"""`make install` gives the tree in tests/golden, which compiles; `make uninstall` removes it."""
+
+from __future__ import annotations
+
+import os
+import py_compile
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.unit import golden
+
+REPOSITORY = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
+
+
+def make(target: str, destination: Path, *settings: str) -> None:
+    done = subprocess.run(
+        ["make", "-s", target, f"DESTDIR={destination}", f"PYTHON={sys.executable}", *settings],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        env={"PATH": os.environ["PATH"], "HOME": str(destination)},
+        umask=0o022,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    destination = tmp_path_factory.mktemp("install")
+    make("install", destination, "PREFIX=/usr")
+    yield destination
+
+
+def files(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.rglob("*") if not path.is_dir())
+
+
+def is_module(path: Path) -> bool:
+    return path.suffix in (".py", ".pyc")
+
+
+def test_tree_is_the_golden_one(tree: Path) -> None:
+    found = [
+        f"{path.stat().st_mode & 0o7777:04o} /{path.relative_to(tree)}\n"
+        for path in files(tree)
+        if not is_module(path)
+    ]
+    golden.compare("install-tree.txt", "".join(found))
+
+
+def test_directories_can_be_entered(tree: Path) -> None:
+    for path in tree.rglob("*"):
+        if path.is_dir():
+            assert path.stat().st_mode & 0o7777 == 0o755, path
+
+
+def test_each_module_is_there_and_compiled(tree: Path, tmp_path: Path) -> None:
+    package = tree / "usr/lib/microvm-host/microvm_host"
+    sources = {
+        path.relative_to(REPOSITORY / "microvm_host")
+        for path in (REPOSITORY / "microvm_host").rglob("*.py")
+    }
+    installed = {path.relative_to(package) for path in package.rglob("*.py")}
+    assert installed == sources
+    for number, path in enumerate(sorted(installed)):
+        py_compile.compile(str(package / path), str(tmp_path / f"{number}.pyc"), doraise=True)
+        compiled = list((package / path).parent.glob(f"__pycache__/{path.stem}.*.pyc"))
+        assert len(compiled) == 1
+        # Tracebacks name the path that it runs from.
+        content = compiled[0].read_bytes()
+        assert b"/usr/lib/microvm-host/microvm_host" in content or path.stem == "__init__"
+        assert str(tree).encode() not in content
+
+
+def test_nothing_is_left_to_be_filled_in(tree: Path) -> None:
+    for path in files(tree):
+        if not is_module(path):
+            text = path.read_text()
+            assert not re.search(r"@(python|pkgdir|libexecdir|unitdir|statedir)@", text), path
+            assert str(tree) not in text, path
+
+
+def test_programs_start(tree: Path) -> None:
+    for name, arguments in (
+        ("usr/bin/microvm", ["-x"]),
+        ("usr/lib/microvm-host/helper", []),
+        ("usr/lib/systemd/system-generators/microvm-generator", []),
+    ):
+        # As they are, but for the place that they are in here.
+        text = (tree / name).read_text()
+        assert text.startswith(f"#!{sys.executable} -IS\n")
+        text = text.replace('"/usr/lib/microvm-host"', repr(str(tree / "usr/lib/microvm-host")))
+        done = subprocess.run(
+            [sys.executable, "-BIS", "-c", text, *arguments], capture_output=True, text=True
+        )
+        # Called wrongly, all three say how they are to be called.
+        assert done.returncode == 2, done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_settings_are_honoured(tmp_path: Path) -> None:
+    make(
+        "install",
+        tmp_path,
+        "PREFIX=/opt/x",
+        "unitdir=/lib/systemd/system",
+        "pkgdir=/opt/x/libexec/mvh",
+        "mandir=/opt/x/man",
+    )
+    unit = (tmp_path / "lib/systemd/system/microvm@.service").read_text()
+    assert "ExecStart=/opt/x/libexec/mvh/helper start %i" in unit
+    assert "WorkingDirectory=/var/lib/microvms/%i" in unit
+    assert '"/opt/x/libexec/mvh"' in (tmp_path / "opt/x/bin/microvm").read_text()
+    generator = tmp_path / "opt/x/lib/systemd/system-generators/microvm-generator"
+    assert '"/lib/systemd/system"' in generator.read_text()
+    assert (tmp_path / "opt/x/man/man8/microvm.8").is_file()
+    assert not (tmp_path / "usr").exists()
+
+
+def test_uninstall_leaves_no_file(tmp_path: Path) -> None:
+    make("install", tmp_path, "PREFIX=/usr")
+    others = [tmp_path / "usr/lib/systemd/system/other.service", tmp_path / "usr/bin/other"]
+    kept = [tmp_path / "var/lib/microvms/web/disk.img", tmp_path / "etc/microvms/web.toml"]
+    for path in (*others, *kept):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    make("uninstall", tmp_path, "PREFIX=/usr")
+    assert files(tmp_path) == sorted([*others, *kept])
+    assert not (tmp_path / "usr/lib/microvm-host").exists()
+    # Once more: there is nothing to remove, which is no failure.
+    make("uninstall", tmp_path, "PREFIX=/usr")

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: MIT
+"""The units: documented, commented, bound to the VM, and understood by systemd."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+UNITS = sorted((REPOSITORY / "units").iterdir())
+SET_UP = [
+    "microvm-macvtap-interfaces@.service.in",
+    "microvm-set-booted@.service.in",
+    "microvm-tap-interfaces@.service.in",
+    "microvm-virtiofsd@.service.in",
+]
+STATE = "/var/lib/microvms"
+# Directives that take rights away, or give some; each has a reason beside it.
+HARDENING = re.compile(
+    r"(CapabilityBoundingSet|AmbientCapabilities|DevicePolicy|DeviceAllow|NoNewPrivileges"
+    r"|Protect\w+|Private\w+|Restrict\w+|SystemCall\w+|ReadOnlyPaths|InaccessiblePaths"
+    r"|MemoryDenyWriteExecute|LockPersonality|UMask|Limit\w+|KillMode|Restart\w*|Timeout\w+)="
+)
+# Where a reason would only say the same again.
+PLAIN = {"TimeoutStartSec=60", "RestartSec=5s"}
+
+named = pytest.mark.parametrize("path", UNITS, ids=lambda path: path.name)
+
+
+def lines(name: str) -> list[str]:
+    return (REPOSITORY / "units" / name).read_text().splitlines()
+
+
+def values(name: str, key: str) -> list[str]:
+    """All words that a unit gives to a key."""
+    found = [line.partition("=")[2] for line in lines(name) if line.startswith(f"{key}=")]
+    return [word for value in found for word in value.split()]
+
+
+def test_each_unit_is_known_here() -> None:
+    assert [path.name for path in UNITS] == sorted(
+        [*SET_UP, "install-microvm@.service.in", "microvm@.service.in"]
+        + ["microvm-undo@.target", "microvms.target"]
+    )
+
+
+@named
+def test_documentation_names_pages_that_exist(path: Path) -> None:
+    pages = values(path.name, "Documentation")
+    assert pages
+    for page in pages:
+        match = re.fullmatch(r"man:([\w.-]+)\((\d)\)", page)
+        assert match, page
+        assert (REPOSITORY / f"man/{match[1]}.{match[2]}").is_file(), f"{page} is not in man/"
+
+
+@named
+def test_each_unit_says_what_it_is(path: Path) -> None:
+    assert len(values(path.name, "Description")) >= 1
+    assert lines(path.name)[1] == "[Unit]"
+
+
+@named
+def test_hardening_has_its_reason_beside_it(path: Path) -> None:
+    before = ""
+    for line in lines(path.name):
+        if HARDENING.match(line) and line not in PLAIN:
+            # One comment may speak for the settings that follow each other.
+            said = before.startswith("#") or (HARDENING.match(before) and before not in PLAIN)
+            assert said, f"{path.name}: no comment above {line}"
+        before = line
+
+
+@pytest.mark.parametrize("name", [*SET_UP, "install-microvm@.service.in"])
+def test_root_is_bounded_or_it_is_said_why_not(name: str) -> None:
+    text = "\n".join(lines(name))
+    bounded = values(name, "CapabilityBoundingSet") and values(name, "NoNewPrivileges") == ["yes"]
+    assert bounded or "# No sandbox" in text
+    assert "# No " in text and "sandbox" in text
+
+
+@pytest.mark.parametrize("name", SET_UP)
+def test_set_up_ends_with_the_vm(name: str) -> None:
+    assert values(name, "PartOf") == ["microvm@%i.service"]
+    assert values(name, "StopWhenUnneeded") == ["yes"]
+    assert "microvm@%i.service" in values(name, "Before")
+    assert values(name, "Type") == ["oneshot"]
+    assert values(name, "RemainAfterExit") == ["yes"]
+    # ExecStop= does not run when starting failed.
+    assert values(name, "ExecStop") == []
+    assert len([line for line in lines(name) if line.startswith("ExecStopPost=")]) == 1
+
+
+@pytest.mark.parametrize("name", SET_UP)
+def test_vm_requires_and_follows_what_sets_it_up(name: str) -> None:
+    unit = name.removesuffix(".in").replace("@.", "@%i.")
+    assert unit in values("microvm@.service.in", "Requires")
+    assert unit in values("microvm@.service.in", "After")
+
+
+@pytest.mark.parametrize("name", [name for name in SET_UP if "set-booted" not in name])
+def test_set_up_follows_set_booted_and_is_skipped_where_not_asked_for(name: str) -> None:
+    assert values(name, "Requires") == ["microvm-set-booted@%i.service"]
+    assert "microvm-set-booted@%i.service" in values(name, "After")
+    (condition,) = values(name, "ConditionPathExists")
+    # What was booted, not what is current by now.
+    assert condition.startswith("@statedir@/%i/booted/share/microvm/")
+
+
+@pytest.mark.parametrize("name", [*SET_UP, "install-microvm@.service.in", "microvm@.service.in"])
+def test_services(name: str) -> None:
+    assert values(name, "StartLimitIntervalSec") == ["0"]
+    assert values(name, "Slice") == ["machine.slice"]
+    for key in ("ExecStart", "ExecStop", "ExecStopPost"):
+        for line in lines(name):
+            if line.startswith(f"{key}="):
+                assert re.fullmatch(rf"{key}=@libexecdir@/helper [a-z-]+ %i", line)
+
+
+def test_verbs_are_the_helpers() -> None:
+    from microvm_host.helper import VERBS
+
+    used = {
+        line.split()[1]
+        for path in UNITS
+        for line in lines(path.name)
+        if line.startswith(("ExecStart=", "ExecStop=", "ExecStopPost="))
+    }
+    assert used == set(VERBS)
+
+
+def test_vm() -> None:
+    name = "microvm@.service.in"
+    assert values(name, "Type") == ["notify"]
+    assert values(name, "RestartPreventExitStatus") == ["78"]
+    assert values(name, "KillMode") == ["mixed"]
+    assert values(name, "WorkingDirectory") == ["@statedir@/%i"]
+    assert (values(name, "User"), values(name, "Group")) == (["microvm"], ["kvm"])
+    assert values(name, "WantedBy") == ["microvms.target"]
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not installed")
+def test_systemd_understands_them(tmp_path: Path) -> None:
+    helper = tmp_path / "helper"
+    helper.write_text("#!/bin/sh\n")
+    helper.chmod(0o755)
+    units = tmp_path / "units"
+    units.mkdir()
+    for path in UNITS:
+        text = path.read_text()
+        for placeholder, value in (("@libexecdir@", str(tmp_path)), ("@statedir@", STATE)):
+            text = text.replace(placeholder, value)
+        assert not re.search(r"@\w+@/", text), path
+        # Pages are looked for on this machine, where they need not be installed.
+        text = re.sub(r"^Documentation=.*\n", "", text, flags=re.MULTILINE)
+        (units / path.name.removesuffix(".in")).write_text(text)
+    instances = [path.name.removesuffix(".in").replace("@.", "@web.") for path in UNITS]
+    done = subprocess.run(
+        ["systemd-analyze", "verify", *(str(units / name) for name in instances)],
+        capture_output=True,
+        text=True,
+        env={
+            "SYSTEMD_UNIT_PATH": f"{units}:",
+            "PATH": "/usr/bin:/bin",
+            "SYSTEMD_LOG_LEVEL": "warning",
+        },
+    )
+    # Units of this machine may have faults of their own.
+    said = [line for line in done.stderr.splitlines() if str(tmp_path) in line or "microvm" in line]
+    assert said == []

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: MIT
+"""Fixtures of the unit tests."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from microvm_host.paths import HostPaths
+
+# Where hypothesis keeps its tables of Unicode; by default that is the checkout.
+CACHE = os.environ.get("XDG_CACHE_HOME") or os.path.join(Path.home(), ".cache")
+os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", f"{CACHE}/microvm-host/hypothesis")
+
+
+@pytest.fixture(autouse=True)
+def no_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test takes itself for a service, though a service may run them."""
+    for variable in (
+        *("INVOCATION_ID", "JOURNAL_STREAM", "MAINPID", "MICROVM_HOST_ROOT"),
+        *("MICROVM_SHUTDOWN_SECONDS", "NOTIFY_SOCKET", "SYSTEMD_EXEC_PID"),
+    ):
+        monkeypatch.delenv(variable, raising=False)
+
+
+@pytest.fixture
+def root() -> Iterator[Path]:
+    """A directory with a short name, so that paths of sockets below it fit in 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="mvh-") as directory:
+        yield Path(directory).resolve()
+
+
+@pytest.fixture
+def host(root: Path) -> HostPaths:
+    """A host below that directory, with the state directory of all VMs."""
+    host = HostPaths(str(root))
+    Path(host.state).mkdir(parents=True)
+    return host

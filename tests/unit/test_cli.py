@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: MIT
+"""The `microvm` command: its help, its exit codes, and what it costs where click is not needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from microvm_host import __version__, systemd
+from microvm_host.cli import commands, entry, jobs
+from microvm_host.paths import HostPaths
+from microvm_host.runner import Macvtap, Package, Share, Tap
+
+from . import packages
+
+REPOSITORY = Path(__file__).parents[2]
+COMMANDS = ["apply", "create", "list", "logs", "remove", "restart", "run", "ssh", "start"] + [
+    "status",
+    "stop",
+    "update",
+]
+
+
+@pytest.fixture(autouse=True)
+def made_up_host(host: HostPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "HOST", host)
+    monkeypatch.setenv("MICROVM_HOST_ROOT", host.root)
+    monkeypatch.setattr(systemd, "states", lambda *patterns: {"microvm@web.service": "active"})
+    # Nothing of this machine is started, stopped or shown.
+    monkeypatch.setenv("PATH", f"{host.root}/bin")
+
+
+def microvm(*arguments: str) -> Result:
+    return CliRunner().invoke(commands.microvm, arguments, prog_name="microvm")
+
+
+def run(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """The whole command, as bin/microvm runs it: exit code, output, errors."""
+    try:
+        code = entry.main(["microvm", *arguments])
+    except SystemExit as ended:
+        assert isinstance(ended.code, int)
+        code = ended.code
+    found = capfd.readouterr()
+    return code, found.out, found.err
+
+
+@pytest.fixture
+def web(host: HostPaths, root: Path) -> Package:
+    """The VM `web`, which runs the package that is current."""
+    package = Package(
+        path=str(root / "packages/web-1"),
+        taps=(Tap("vm0"), Tap("vm1")),
+        macvtaps=(Macvtap("m0", "02:00:00:00:00:01", "eth0", "bridge"),),
+        shares=(Share("data", "/srv/data", "d.sock", options_given=True, read_only=True),),
+        pci_devices=("0000:01:00.0",),
+        hypervisor="qemu",
+        vsock_cid=42,
+    )
+    packages.write(Path(package.path), package)
+    os.mkdir(host.vm("web"))
+    for link in (host.current("web"), host.booted("web")):
+        os.symlink(package.path, link)
+    return package
+
+
+# ---- help
+
+
+def test_commands_are_what_the_manual_has() -> None:
+    assert sorted(commands.microvm.commands) == COMMANDS
+
+
+@pytest.mark.parametrize("arguments", [[], *([name] for name in COMMANDS)])
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help(arguments: list[str], flag: str) -> None:
+    done = microvm(*arguments, flag)
+    assert done.exit_code == 0
+    assert done.output.startswith(" ".join(["Usage: microvm", *arguments]))
+    # A sentence that says what it does, and what each option does.
+    command = commands.microvm.commands[arguments[0]] if arguments else commands.microvm
+    assert command.help
+    for parameter in command.params:
+        if isinstance(parameter, click.Option) and parameter.name != "version":
+            assert parameter.help and parameter.help.endswith(".")
+    assert "click" not in done.output
+
+
+def test_version() -> None:
+    done = microvm("--version")
+    assert done.exit_code == 0
+    assert __version__ in done.output
+
+
+# ---- exit codes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no-such"], "No such command"),
+        (["--no-such"], "No such option"),
+        (["create"], "Missing argument"),
+        (["start"], "Missing argument"),
+        (["list", "--jsn"], "No such option"),
+        (["start", "a/b"], "'a/b' cannot be the name of a VM"),
+        (["start", "--", "-x"], "'-x' cannot be the name of a VM"),
+        (["ssh", "root@"], "the name of a VM is empty"),
+        (["create", "web", "--flake", "a", "--runner", "b"], "do not go together"),
+        (["-x"], "there is no flag -x"),
+        (["-c"], "-c needs a value"),
+        (["-l", "-u", "web"], "-u does not go with list"),
+    ],
+)
+def test_wrong_usage(capfd: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    code, out, err = run(capfd, *arguments)
+    assert code == 2
+    assert out == ""
+    assert message in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("command", ["status", "ssh", "logs", "list"])
+def test_vm_that_does_not_exist(capfd: pytest.CaptureFixture[str], command: str) -> None:
+    code, out, err = run(capfd, command, "none")
+    assert (code, out) == (1, "")
+    assert "there is no microVM none" in err
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="is about those who are not root")
+@pytest.mark.parametrize(
+    "arguments",
+    [["create", "x", "--runner", "/p"], ["update", "web"], ["remove", "web"], ["run", "web"]]
+    + [["apply"]],
+)
+def test_needs_root(capfd: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    code, _, err = run(capfd, *arguments)
+    assert code == 1
+    assert err.startswith("microvm: this needs root; sudo microvm ")
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_wrong_package(
+    capfd: pytest.CaptureFixture[str],
+    web: Package,
+    flags: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(jobs, "show_unit", lambda vm: click.echo(f"unit of {vm}"))
+    packages.put(Path(web.path), "share/microvm/vsock-cid", "1\n")
+    code, out, err = run(capfd, "status", "web", *flags)
+    # The unit says what became of it; but a program that wants JSON is given no other text.
+    assert (code, out) == (78, "" if flags else "unit of web\n")
+    assert f"{web.path}/share/microvm/vsock-cid:1: '1' is not a vsock CID" in err
+
+
+# ---- showing
+
+
+def test_list(capfd: pytest.CaptureFixture[str], web: Package) -> None:
+    assert run(capfd, "list") == (0, "web: current(web-1)\n", "")
+    assert run(capfd, "-l") == (0, "web: current(web-1)\n", "")
+    assert run(capfd, "list", "web") == (0, "web: current(web-1)\n", "")
+
+
+def test_list_json(capfd: pytest.CaptureFixture[str], web: Package) -> None:
+    code, out, err = run(capfd, "-l", "--json")
+    assert (code, err) == (0, "")
+    (row,) = json.loads(out)
+    assert (row["name"], row["state"], row["current"]["package"]) == ("web", "current", web.path)
+
+
+def test_status(
+    capfd: pytest.CaptureFixture[str], web: Package, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "show_unit", lambda vm: 0)
+    code, out, _ = run(capfd, "status", "web")
+    assert code == 0
+    assert out.splitlines() == [
+        "web: current(web-1)",
+        f"     package: {web.path}",
+        "  hypervisor: qemu",
+        "   vsock CID: 42",
+        "        taps: vm0, vm1",
+        "    macvtaps: m0 on eth0",
+        "         PCI: 0000:01:00.0",
+        "       share: data → /srv/data (read-only)",
+    ]
+
+
+def test_status_json(capfd: pytest.CaptureFixture[str], web: Package) -> None:
+    code, out, _ = run(capfd, "status", "web", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["taps"] == ["vm0", "vm1"]
+    assert found["shares"] == [{"tag": "data", "source": "/srv/data", "read_only": True}]
+    assert found["vsock_cid"] == 42
+
+
+def test_ssh(monkeypatch: pytest.MonkeyPatch, web: Package) -> None:
+    called: list[object] = []
+    monkeypatch.setattr(jobs, "become_ssh", lambda *arguments: called.append(arguments))
+    for arguments in (["web"], ["alice@web"], ["web", "ls", "-l"]):
+        assert microvm("ssh", *arguments).exit_code == 0
+    assert called == [
+        ("root", "web", 42, ()),
+        ("alice", "web", 42, ()),
+        ("root", "web", 42, ("ls", "-l")),
+    ]
+
+
+def test_ssh_without_cid(capfd: pytest.CaptureFixture[str], web: Package) -> None:
+    os.unlink(f"{web.path}/share/microvm/vsock-cid")
+    code, _, err = run(capfd, "ssh", "web")
+    assert code == 1
+    assert "microVM web has no vsock CID to reach it by" in err
+
+
+def test_apply_with_nothing_declared(capfd: pytest.CaptureFixture[str], host: HostPaths) -> None:
+    code, out, err = run(capfd, "apply", "--dry-run")
+    assert (code, out, err) == (0, "", f"no declarations in {host.declarations}\n")
+
+
+def test_apply_dry_run(capfd: pytest.CaptureFixture[str], host: HostPaths, web: Package) -> None:
+    new = packages.minimal(Path(host.at("/packages/web-2")))
+    for name, text in {
+        "web": f'runner = "{new}"',
+        "db": f'runner = "{web.path}"',
+        "broken": "runner = 1",
+    }.items():
+        packages.put(Path(host.declarations), f"{name}.toml", text)
+    before = sorted(Path(host.state).rglob("*"))
+    code, out, err = run(capfd, "apply", "--dry-run")
+    assert out.splitlines() == [
+        f"db: would install {web.path}, would start it",
+        f"web: would update from {web.path} to {new}, would restart it if it changed",
+    ]
+    assert err == f"microvm: {host.declaration('broken')}:1: runner = 1 is not a string\n"
+    assert code == 78
+    assert sorted(Path(host.state).rglob("*")) == before
+
+
+# ---- what it costs
+
+
+def test_plain_listing_does_not_import_click(host: HostPaths, web: Package, root: Path) -> None:
+    packages.program(root, "bin/systemctl", "#!/bin/sh\nexit 0\n")
+    code = (
+        f"import sys; sys.path.insert(0, {str(REPOSITORY)!r})\n"
+        "from microvm_host.cli.entry import main\n"
+        "code = main(['microvm', '-l'])\n"
+        "costly = {'click', 'json', 'subprocess', 'argparse', 'pystemd', 'site', 're'}\n"
+        "print(code, sorted(costly & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-B", "-I", "-S", "-c", code],
+        env={"PATH": f"{root}/bin", "MICROVM_HOST_ROOT": host.root},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == [
+        "web: current(web-1), not booted: systemctl start microvm@web.service",
+        "0 []",
+    ]

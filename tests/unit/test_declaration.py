@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: MIT
+"""Declarations: what a file may say, and what is said of one that is wrong."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from microvm_host import declaration
+from microvm_host.declaration import Declaration
+from microvm_host.errors import DeclarationError
+from microvm_host.source import Source
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('runner = "/a"', Declaration("web", Source("runner", "/a"))),
+        ('flake = "github:x/y"', Declaration("web", Source("flake", "github:x/y"))),
+        (
+            'runner = "/a"\nautostart = false\nrestart_if_changed = false\n',
+            Declaration("web", Source("runner", "/a"), False, False),
+        ),
+        (
+            "# a comment\nautostart=true\nrunner='/a b'",
+            Declaration("web", Source("runner", "/a b")),
+        ),
+        ('"runner" = "/ü"\r\n', Declaration("web", Source("runner", "/ü"))),
+    ],
+)
+def test_right(tmp_path: Path, text: str, expected: Declaration) -> None:
+    path = tmp_path / "web.toml"
+    path.write_bytes(text.encode())
+    assert declaration.load(str(path)) == expected
+
+
+WRONG: list[tuple[str | bytes, int | None, str]] = [
+    ("", None, "says not what to run; give one of runner"),
+    ("autostart = true\n", None, "says not what to run"),
+    ('runner = "/a"\nflake = "b"\n', 2, "has both runner and flake"),
+    ('\nruner = "/a"\n', 2, "there is no key 'runer'; did you mean runner?"),
+    ('runner = "/a"\nauto_start = false\n', 2, "did you mean autostart?"),
+    ('runner = "/a"\nrestart-if-changed = true\n', 2, "did you mean restart_if_changed?"),
+    ('runner = "/a"\nmemory = 512\n', 2, "there is no key 'memory'; known are runner, flake"),
+    ('runner = "/a"\n[network]\nx = 1\n', 2, "there is no key 'network'"),
+    ('runner = "/a"\nautostart = "yes"\n', 2, "autostart = 'yes' is not true or false"),
+    ('runner = "/a"\nautostart = 1\n', 2, "autostart = 1 is not true or false"),
+    ("runner = 3\n", 1, "runner = 3 is not a string"),
+    ('runner = ["/a"]\n', 1, "runner = ['/a'] is not a string"),
+    ('# x\nrunner = "a"\n', 2, "runner 'a' is not an absolute path; it begins with /"),
+    ('runner = ""\n', 1, "is empty"),
+    ('runner = "/a\\n/b"\n', 1, "not printable"),
+    ('flake = "x#web"\n', 1, "has a '#'"),
+    ('flake = "--impure"\n', 1, "looks like an option"),
+    ('runner = "/a"\nautostart = yes\n', 2, "is not TOML: Invalid value"),
+    ('runner = "/a\n', 1, "is not TOML:"),
+    ('runner = "/a"\nrunner = "/b"\n', 2, "is not TOML: Cannot overwrite a value"),
+    ("runner", None, "is not TOML:"),
+    (b"runner = '\xff'", None, "is not UTF-8 text"),
+    (b"\0\x7fELF", 1, "is not TOML:"),
+    ("x = " + "1" * 5000, None, "is not TOML:"),
+    ("x = " + "[" * 5000, None, "is not TOML:"),
+]
+
+
+@pytest.mark.parametrize(("text", "line", "message"), WRONG)
+def test_wrong(tmp_path: Path, text: str | bytes, line: int | None, message: str) -> None:
+    path = tmp_path / "web.toml"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    with pytest.raises(DeclarationError) as caught:
+        declaration.load(str(path))
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(f"{path}:{line}: " if line else f"{path}: ")
+    assert caught.value.line == line
+    assert caught.value.exit_code == 78
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["-x", "a b", ".a", "a" * 64, "ä"])
+def test_wrong_name(tmp_path: Path, name: str) -> None:
+    path = tmp_path / f"{name}.toml"
+    path.write_text('runner = "/a"')
+    with pytest.raises(DeclarationError) as caught:
+        declaration.load(str(path))
+    assert caught.value.exit_code == 78
+    assert str(path) in str(caught.value)
+
+
+def test_missing(tmp_path: Path) -> None:
+    with pytest.raises(DeclarationError, match="microVM web is not declared"):
+        declaration.load(str(tmp_path / "web.toml"))
+
+
+def test_directory(tmp_path: Path) -> None:
+    (tmp_path / "web.toml").mkdir()
+    with pytest.raises(DeclarationError, match="cannot be read: Is a directory"):
+        declaration.load(str(tmp_path / "web.toml"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads files of any mode")
+def test_unreadable(tmp_path: Path) -> None:
+    (tmp_path / "web.toml").write_text('runner = "/a"')
+    (tmp_path / "web.toml").chmod(0)
+    with pytest.raises(DeclarationError, match="cannot be read: Permission denied"):
+        declaration.load(str(tmp_path / "web.toml"))

@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: MIT
+"""`current` is brought up to date all or not at all; nix is a stand-in that speaks two verbs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from microvm_host import install, source, state, systemd
+from microvm_host.errors import MicrovmHostError, PackageError, UsageError
+from microvm_host.identity import Identity
+from microvm_host.paths import HostPaths
+from microvm_host.source import Source
+
+from . import packages
+
+# It notes how it was called, and gives what the test says: NIX_RESULT is the "store" path, and
+# without it the build fails.
+FAKE_NIX = """#!/bin/sh
+printf '%s\\n' "$*" >>"$NIX_CALLS"
+[ "$1 $2" = "--extra-experimental-features nix-command flakes" ] || exit 64
+shift 2
+if [ -z "$NIX_RESULT" ]; then echo "error: builder failed" >&2; exit 1; fi
+case $1 in
+build) [ "$2" = --out-link ] || exit 64; ln -sfn "$NIX_RESULT" "$3" ;;
+eval) [ "$2" = --raw ] || exit 64; printf '%s' "$NIX_RESULT" ;;
+*) exit 64 ;;
+esac
+"""
+FLAKE = Source("flake", "/etc/nixos")
+
+
+@pytest.fixture(autouse=True)
+def without_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """systemd is not asked, and owners that only root can give are not given."""
+    ours = Identity("me", os.getuid(), "us", os.getgid())
+    monkeypatch.setattr(systemd, "identity", lambda name: ours)
+    monkeypatch.setattr(os, "fchown", lambda *_: None)
+    monkeypatch.setattr(source, "_is_roots_file", lambda status: True)
+
+
+@pytest.fixture
+def calls(root: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
+    """Puts the stand-in into $PATH; gives what it was called with so far."""
+    packages.program(root, "fake/nix", FAKE_NIX)
+    monkeypatch.setenv("PATH", f"{root}/fake:/usr/bin:/bin")
+    monkeypatch.setenv("NIX_CALLS", str(root / "calls"))
+    return lambda: (root / "calls").read_text().splitlines() if (root / "calls").exists() else []
+
+
+@pytest.fixture
+def one(root: Path) -> str:
+    return str(packages.minimal(root / "packages/one"))
+
+
+@pytest.fixture
+def two(root: Path) -> str:
+    return str(packages.minimal(root / "packages/two"))
+
+
+def snapshot(directory: str) -> dict[str, str]:
+    """All that is in a state directory."""
+    found = {}
+    for name in sorted(os.listdir(directory)):
+        path = Path(directory, name)
+        found[name] = os.readlink(path) if path.is_symlink() else path.read_text()
+    return found
+
+
+# ---- from a path
+
+
+def test_create(host: HostPaths, one: str) -> None:
+    change = install.create("web", Source("runner", one), host)
+    assert change.describe() == f"web: installed {one}"
+    assert (change.is_new, change.wants_restart) == (True, False)
+    assert snapshot(host.vm("web")) == {"current": one, "runner": f"{one}\n"}
+    assert os.stat(host.vm("web")).st_mode & 0o7777 == 0o1771
+
+
+def test_create_twice(host: HostPaths, one: str, two: str) -> None:
+    install.create("web", Source("runner", one), host)
+    with pytest.raises(UsageError, match="microVM web exists already") as caught:
+        install.create("web", Source("runner", two), host)
+    assert caught.value.exit_code == 2
+    assert snapshot(host.vm("web"))["current"] == one
+
+
+@pytest.mark.parametrize("kind", ["missing", "no package", "wrong", "killed"])
+def test_create_leaves_nothing_on_failure(
+    host: HostPaths, one: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected: type[BaseException] = PackageError
+    if kind == "missing":
+        one = "/nonexistent"
+    elif kind == "no package":
+        os.unlink(f"{one}/bin/microvm-run")
+    elif kind == "wrong":
+        packages.put(Path(one), "share/microvm/tap-interfaces", "vm%d\n")
+    else:
+        expected = KeyboardInterrupt
+
+        def interrupt(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(state, "link", interrupt)
+    with pytest.raises(expected):
+        install.create("web", Source("runner", one), host)
+    assert os.listdir(host.state) == []
+
+
+def test_update(host: HostPaths, one: str, two: str) -> None:
+    install.create("web", Source("runner", one), host)
+    Path(host.vm("web"), "disk.img").write_text("data")
+    os.symlink(one, host.booted("web"))
+    change = install.from_source("web", Source("runner", two), host)
+    assert change.describe() == f"web: updated from {one} to {two}"
+    assert (change.is_new, change.wants_restart) == (True, True)
+    assert snapshot(host.vm("web")) == {
+        "booted": one,
+        "current": two,
+        "disk.img": "data",
+        "runner": f"{two}\n",
+    }
+    again = install.from_source("web", Source("runner", two), host)
+    assert again.describe() == f"web: up to date ({two})"
+    # What runs is still the former.
+    assert (again.is_new, again.wants_restart) == (False, True)
+
+
+def test_a_path_is_remembered_as_given_and_resolved(host: HostPaths, one: str, two: str) -> None:
+    link = host.at("/latest")
+    os.symlink(one, link)
+    install.create("web", Source("runner", link), host)
+    assert snapshot(host.vm("web")) == {"current": one, "runner": f"{link}\n"}
+    os.unlink(link)
+    os.symlink(two, link)
+    remembered = source.remembered(host.vm("web"))
+    assert remembered is not None
+    install.from_source("web", remembered, host)
+    assert os.readlink(host.current("web")) == two
+
+
+def test_failed_update_leaves_everything(host: HostPaths, one: str) -> None:
+    install.create("web", Source("runner", one), host)
+    before = snapshot(host.vm("web"))
+    with pytest.raises(PackageError):
+        install.from_source("web", Source("runner", "/nonexistent"), host)
+    assert snapshot(host.vm("web")) == before
+
+
+def test_what_is_remembered_is_not_written_through_a_link(
+    host: HostPaths, one: str, two: str
+) -> None:
+    # The VM's user may make files in that directory, whose names are to be guessed.
+    install.create("web", Source("runner", one), host)
+    victim = Path(host.at("/victim"))
+    victim.write_text("untouched")
+    os.symlink(victim, f"{host.vm('web')}/runner.{os.getpid()}")
+    install.from_source("web", Source("runner", two), host)
+    assert victim.read_text() == "untouched"
+    assert snapshot(host.vm("web")) == {"current": two, "runner": f"{two}\n"}
+
+
+# ---- from a flake
+
+
+def test_build(
+    host: HostPaths, one: str, calls: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NIX_RESULT", one)
+    change = install.create("web.1", FLAKE, host)
+    assert change.after == one
+    assert snapshot(host.vm("web.1")) == {"current": one, "flake": "/etc/nixos\n"}
+    output = '/etc/nixos#nixosConfigurations."web.1".config.microvm.declaredRunner'
+    assert calls() == [
+        "--extra-experimental-features nix-command flakes build "
+        f"--out-link {host.vm('web.1')}/.build --refresh {output}"
+    ]
+
+
+def test_failed_build_leaves_the_old_current(
+    host: HostPaths,
+    one: str,
+    calls: Callable[[], list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("NIX_RESULT", one)
+    install.create("web", FLAKE, host)
+    before = snapshot(host.vm("web"))
+    monkeypatch.setenv("NIX_RESULT", "")
+    with pytest.raises(MicrovmHostError, match="nix could not build /etc/nixos: it ended with 1"):
+        install.from_source("web", FLAKE, host)
+    assert snapshot(host.vm("web")) == before
+    # What nix said stands above.
+    assert "error: builder failed" in capfd.readouterr().err
+
+
+@pytest.mark.usefixtures("calls")
+def test_build_of_what_is_no_package(
+    host: HostPaths, one: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NIX_RESULT", one)
+    install.create("web", FLAKE, host)
+    before = snapshot(host.vm("web"))
+    (root / "nixos-system").mkdir()
+    monkeypatch.setenv("NIX_RESULT", str(root / "nixos-system"))
+    with pytest.raises(PackageError, match=r"has no bin/microvm-run"):
+        install.from_source("web", FLAKE, host)
+    assert snapshot(host.vm("web")) == before
+
+
+@pytest.mark.usefixtures("calls")
+def test_failed_build_of_a_new_vm_leaves_nothing(
+    host: HostPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NIX_RESULT", "")
+    with pytest.raises(MicrovmHostError):
+        install.create("web", FLAKE, host)
+    assert os.listdir(host.state) == []
+    assert not os.path.exists(host.gc_roots)
+
+
+def test_without_nix(host: HostPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(MicrovmHostError, match="this host has no nix") as caught:
+        install.create("web", FLAKE, host)
+    assert "give a package by --runner" in caught.value.hint
+
+
+@pytest.mark.usefixtures("calls")
+def test_from_flake_to_path(
+    host: HostPaths, one: str, two: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NIX_RESULT", one)
+    install.create("web", FLAKE, host)
+    install.from_source("web", Source("runner", two), host)
+    assert snapshot(host.vm("web")) == {"current": two, "runner": f"{two}\n"}
+
+
+def test_evaluate(calls: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NIX_RESULT", "/nix/store/x")
+    assert install.evaluate("web", "/etc/nixos") == "/nix/store/x"
+    assert calls()[0].endswith(
+        ' eval --raw /etc/nixos#nixosConfigurations."web".config.microvm.declaredRunner.outPath'
+    )
+
+
+# ---- roots of the garbage collector
+
+
+def test_roots_are_kept_for_the_store_alone(host: HostPaths, one: str) -> None:
+    install.create("web", Source("runner", one), host)
+    assert not os.path.exists(host.gc_roots)
+    install._keep_from_collection("web", "/nix/store/x-microvm", host)
+    install._keep_from_collection("web", "/nix/store/y-microvm", host)
+    assert snapshot(host.gc_roots) == {
+        "booted-web": host.booted("web"),
+        "web": host.current("web"),
+    }
+
+
+def test_remove(host: HostPaths, one: str) -> None:
+    for name in ("web", "web-2"):
+        install.create(name, Source("runner", one), host)
+        install._keep_from_collection(name, "/nix/store/x-microvm", host)
+    Path(host.vm("web"), "disk.img").write_text("data")
+    install.remove("web", host)
+    assert os.listdir(host.state) == ["web-2"]
+    assert sorted(os.listdir(host.gc_roots)) == ["booted-web-2", "web-2"]
+    # The package is not ours to delete.
+    assert os.path.exists(one)

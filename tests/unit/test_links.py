@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: MIT
+"""Taps and macvtaps: what is planned on a host whose /sys/class/net is made up."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from microvm_host import links, log
+from microvm_host.errors import MicrovmHostError
+from microvm_host.identity import Identity
+from microvm_host.links import AdoptTap, CreateMacvtap, CreateTap
+from microvm_host.paths import HostPaths
+from microvm_host.record import Record
+from microvm_host.runner import Macvtap, Tap
+
+NOBODY = Identity("nobody", 65534, "nogroup", 65534)
+PLAIN = "0x5002"  # IFF_TAP | IFF_NO_PI | IFF_VNET_HDR
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    lines: list[str] = []
+    for word in ("notice", "warning", "error"):
+        monkeypatch.setattr(log, word, lambda text, word=word: lines.append(text))
+    return lines
+
+
+def interface(host: HostPaths, name: str, **attributes: str) -> Path:
+    """A made-up interface with attributes, `DIRECTORY=""` for an empty directory."""
+    device = Path(host.net_device(name))
+    device.mkdir(parents=True)
+    for attribute, value in {"ifindex": "7", **attributes}.items():
+        if value:
+            (device / attribute).write_text(f"{value}\n")
+        else:
+            (device / attribute).mkdir()
+    return device
+
+
+def tap(
+    host: HostPaths, name: str, flags: str = PLAIN, owner: int = 65534, group: int = 65534
+) -> None:
+    interface(host, name, tun_flags=flags, owner=str(owner), group=str(group))
+
+
+# ---- flags
+
+
+@pytest.mark.parametrize(
+    ("vnet_hdr", "multi_queue", "flags"),
+    [(False, False, 0x1002), (True, False, 0x5002), (False, True, 0x1102), (True, True, 0x5102)],
+)
+def test_tap_flags(vnet_hdr: bool, multi_queue: bool, flags: int) -> None:
+    assert links.tap_flags(Tap("a", vnet_hdr, multi_queue)) == flags
+
+
+# ---- taps
+
+
+def test_new_taps(host: HostPaths) -> None:
+    interface(host, "br0", bridge="")
+    wanted = [Tap("a"), Tap("b", bridge="br0")]
+    steps = links.plan_taps("web", wanted, NOBODY, host)
+    assert steps == [CreateTap(each, NOBODY, host) for each in wanted]
+    assert [step.describe() for step in steps] == [
+        "create tap a for nobody",
+        "create tap b for nobody, joined to br0",
+    ]
+
+
+def test_tap_that_is_just_right(host: HostPaths) -> None:
+    tap(host, "a")
+    tap(host, "b", "0x5102", group=-1)
+    steps = links.plan_taps("web", [Tap("a"), Tap("b", multi_queue=True)], NOBODY, host)
+    assert steps == [AdoptTap(Tap("a")), AdoptTap(Tap("b", multi_queue=True))]
+    assert steps[0].describe() == "use tap a, which is there already"
+
+
+def test_flags_that_do_not_matter(host: HostPaths) -> None:
+    # IFF_PERSIST, which the kernel adds.
+    tap(host, "a", "0x5802")
+    assert links.plan_taps("web", [Tap("a")], NOBODY, host) == [AdoptTap(Tap("a"))]
+
+
+@pytest.mark.parametrize(
+    ("flags", "owner", "group", "message"),
+    [
+        (PLAIN, 0, 65534, "tap a exists and belongs to user root, group nogroup, not to nobody"),
+        (PLAIN, 65534, 0, "belongs to user nobody, group root, not to nobody:nogroup"),
+        (PLAIN, -1, -1, "belongs to user nobody in particular, group any"),
+        (PLAIN, 4000000000, 65534, "belongs to user 4000000000"),
+        ("0x1002", 65534, 65534, "is without vnet_hdr and multi_queue, not vnet_hdr"),
+        ("0x5102", 65534, 65534, "tap a exists and is vnet_hdr multi_queue, not vnet_hdr"),
+        ("0x4002", 65534, 65534, "is vnet_hdr with packet information, not vnet_hdr"),
+        ("0x1001", 65534, 65534, "is a tun, not vnet_hdr"),
+    ],
+)
+def test_tap_that_is_not_right(
+    host: HostPaths, flags: str, owner: int, group: int, message: str
+) -> None:
+    tap(host, "a", flags, owner, group)
+    with pytest.raises(MicrovmHostError) as caught:
+        links.plan_taps("web", [Tap("new"), Tap("a")], NOBODY, host)
+    assert message in str(caught.value).replace("group 65534", "group nogroup")
+    assert "ip link del a" in caught.value.hint
+    assert caught.value.exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("attributes", "kind"),
+    [
+        ({"bridge": ""}, "a bridge"),
+        ({"device": ""}, "a network card"),
+        ({"uevent": "DEVTYPE=vlan\nINTERFACE=a"}, "a vlan interface"),
+        ({"uevent": "INTERFACE=a"}, "an interface of another kind"),
+        ({}, "an interface of another kind"),
+    ],
+)
+def test_name_of_something_else(host: HostPaths, attributes: dict[str, str], kind: str) -> None:
+    interface(host, "a", **attributes)
+    with pytest.raises(MicrovmHostError, match=f"a is no tap but {kind}"):
+        links.plan_taps("web", [Tap("a")], NOBODY, host)
+
+
+@pytest.mark.parametrize("verb", ["tap", "adopted"])
+def test_tap_of_another_vm(host: HostPaths, verb: str) -> None:
+    tap(host, "a")
+    Record(host.record("db", "tap-interfaces")).append(verb, "a", "7")
+    with pytest.raises(MicrovmHostError, match="tap a is in use by microVM db"):
+        links.plan_taps("web", [Tap("a")], NOBODY, host)
+
+
+def test_tap_of_this_vm(host: HostPaths) -> None:
+    # Left of a run whose end was not tidy.
+    tap(host, "a")
+    Record(host.record("web", "tap-interfaces")).append("tap", "a", "7")
+    assert links.plan_taps("web", [Tap("a")], NOBODY, host) == [AdoptTap(Tap("a"))]
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_bridge_that_is_none(host: HostPaths, exists: bool) -> None:
+    if exists:
+        interface(host, "eth0", device="")
+    with pytest.raises(MicrovmHostError, match="join eth0, which is no bridge of this host"):
+        links.plan_taps("web", [Tap("a", bridge="eth0")], NOBODY, host)
+
+
+def test_without_tun(host: HostPaths) -> None:
+    (step,) = links.plan_taps("web", [Tap("a")], NOBODY, host)
+    record = Record(host.record("web", "tap-interfaces"))
+    with pytest.raises(MicrovmHostError, match="cannot make taps: No such file") as caught:
+        step.apply(record)
+    assert (caught.value.path, caught.value.hint) == (host.tun, "modprobe tun")
+    assert record.read() == []
+
+
+# ---- macvtaps
+
+MACVTAP = Macvtap("m0", "02:00:00:00:00:01", "eth0", "bridge")
+
+
+def test_new_macvtap(host: HostPaths) -> None:
+    interface(host, "eth0")
+    steps = links.plan_macvtaps([MACVTAP], NOBODY, host)
+    assert steps == [CreateMacvtap(MACVTAP, NOBODY, host)]
+    assert steps[0].describe() == "create macvtap m0 on eth0 for nobody"
+
+
+def test_macvtap_on_nothing(host: HostPaths) -> None:
+    with pytest.raises(MicrovmHostError, match="m0 is to stand on eth0, which this host lacks"):
+        links.plan_macvtaps([MACVTAP], NOBODY, host)
+
+
+def test_macvtap_of_a_name_that_is_taken(host: HostPaths) -> None:
+    interface(host, "eth0")
+    interface(host, "m0", uevent="DEVTYPE=macvtap")
+    with pytest.raises(MicrovmHostError, match="the name belongs to a macvtap interface"):
+        links.plan_macvtaps([MACVTAP], NOBODY, host)
+
+
+# ---- undoing: what has gone, and what is another's by now
+
+
+def test_undo_of_what_never_happened(host: HostPaths, said: list[str]) -> None:
+    for undo, what, fields in (
+        (links.undo_taps, "tap-interfaces", ("tap", "mvh-no-such", "7")),
+        (links.undo_taps, "tap-interfaces", ("adopted", "mvh-no-such", "7")),
+        (links.undo_taps, "tap-interfaces", ("raised", "mvh-no-such")),
+        (links.undo_macvtaps, "macvtap-interfaces", ("macvtap", "mvh-no-such", MACVTAP.mac)),
+    ):
+        record = Record(host.record("web", what))
+        record.append(*fields)
+        assert undo(record, host) == []
+        assert record.read() == []
+    assert said == []
+
+
+def test_undo_leaves_what_somebody_else_made(host: HostPaths, said: list[str]) -> None:
+    tap(host, "mvh-no-such")
+    record = Record(host.record("web", "tap-interfaces"))
+    record.append("tap", "mvh-no-such", "6")
+    assert links.undo_taps(record, host) == []
+
+    interface(host, "mvh-no-mac", address="02:00:00:00:00:99")
+    record = Record(host.record("web", "macvtap-interfaces"))
+    record.append("macvtap", "mvh-no-mac", MACVTAP.mac)
+    assert links.undo_macvtaps(record, host) == []
+    assert said == [
+        f"{name} was made anew by somebody else and is left alone"
+        for name in ("mvh-no-such", "mvh-no-mac")
+    ]
+
+
+def test_undo_names_what_stays(
+    host: HostPaths, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The kernel answers, but the interfaces are still there.
+    asked: list[tuple[int, int, int | None]] = []
+    monkeypatch.setattr(
+        links, "_request", lambda _, kind, index, group: asked.append((kind, index, group))
+    )
+    for name, index in (("a", "11"), ("b", "12")):
+        interface(host, name, ifindex=index, netdev_group="0")
+    record = Record(host.record("web", "tap-interfaces"))
+    record.append("tap", "a", "11")
+    record.append("tap", "b", "12")
+    assert links.undo_taps(record, host) == [
+        "interface b could not be deleted",
+        "interface a could not be deleted",
+    ]
+    assert len(record.read()) == 2
+    group = asked[0][2]
+    # Two at one stroke, by a group that is nobody else's.
+    assert asked == [(19, 12, group), (19, 11, group), (17, 0, group)]
+    assert group and group >= 0x6D000000
+
+
+def test_one_tap_is_deleted_by_its_index(host: HostPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int, int | None]] = []
+
+    def request(_: object, kind: int, index: int, group: int | None) -> None:
+        asked.append((kind, index, group))
+        os.rename(host.net_device("a"), host.at("/gone"))
+
+    monkeypatch.setattr(links, "_request", request)
+    tap(host, "a")
+    record = Record(host.record("web", "tap-interfaces"))
+    record.append("tap", "a", "7")
+    assert links.undo_taps(record, host) == []
+    assert asked == [(17, 7, None)]
+    assert record.read() == []
+
+
+def test_group_of_somebody_else_is_not_used(host: HostPaths) -> None:
+    ours = 0x6D000000 + os.getpid() % 0x1000000
+    interface(host, "eth0", netdev_group=str(ours))
+    assert links._unused_group(host) == ours + 0x1000000
+
+
+# ---- the kernel's word, for which no right is needed
+
+
+def test_loopback() -> None:
+    if not os.path.isdir(HostPaths().net_device("lo")):
+        pytest.skip("this host has no interface lo")
+    assert links.interface_index("lo") == 1
+    links.get_flags("lo")
+
+
+def test_interface_that_is_missing() -> None:
+    with pytest.raises(MicrovmHostError, match="interface mvh-no-such: No such device"):
+        links.interface_index("mvh-no-such")

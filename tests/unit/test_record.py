@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: MIT
+"""Records of what was set up."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from microvm_host.errors import MicrovmHostError
+from microvm_host.record import Record, holders
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Record:
+    return Record(str(tmp_path / "web/tap-interfaces"))
+
+
+def test_append_and_read(record: Record) -> None:
+    assert record.read() == []
+    record.append("tap", "vm0", "7")
+    record.append("raised", "vm0")
+    record.append("unit", "a b\\x2dc", "")
+    assert record.read() == [["tap", "vm0", "7"], ["raised", "vm0"], ["unit", "a b\\x2dc", ""]]
+    # Another object of the same path, as in the next helper.
+    assert Record(record.path).read() == record.read()
+
+
+def test_everybody_may_read(record: Record) -> None:
+    old = os.umask(0o022)
+    try:
+        record.append("tap", "vm0", "7")
+    finally:
+        os.umask(old)
+    assert os.stat(record.path).st_mode & 0o777 == 0o644
+    assert os.stat(os.path.dirname(record.path)).st_mode & 0o777 == 0o755
+
+
+def test_half_written_last_line_is_left_out(record: Record) -> None:
+    record.append("tap", "vm0", "7")
+    with open(record.path, "a") as target:
+        target.write("tap\tvm")
+    assert record.read() == [["tap", "vm0", "7"]]
+
+
+@pytest.mark.parametrize("field", ["a\tb", "a\nb", "\n", "\t"])
+def test_fields_that_would_be_misread(record: Record, field: str) -> None:
+    with pytest.raises(ValueError, match="cannot hold"):
+        record.append("tap", field)
+    assert record.read() == []
+
+
+def test_clear_removes_the_directory_when_empty(record: Record) -> None:
+    directory = Path(record.path).parent
+    other = Record(str(directory / "virtiofsd"))
+    record.append("tap", "vm0", "7")
+    other.append("unit", "x")
+    record.clear()
+    assert record.read() == []
+    assert other.read() == [["unit", "x"]]
+    other.clear()
+    assert not directory.exists()
+    # Once more, as a stop after a stop does.
+    other.clear()
+
+
+def test_clear_without_a_record_touches_nothing(record: Record) -> None:
+    directory = Path(record.path).parent
+    directory.mkdir()
+    record.clear()
+    assert directory.exists()
+
+
+def test_symlink_is_refused(record: Record, tmp_path: Path) -> None:
+    target = tmp_path / "elsewhere"
+    target.write_text("")
+    os.makedirs(os.path.dirname(record.path))
+    os.symlink(target, record.path)
+    with pytest.raises(MicrovmHostError, match="the record cannot be written") as caught:
+        record.append("tap", "vm0", "7")
+    assert caught.value.path == record.path
+    assert target.read_text() == ""
+
+
+def test_where_nothing_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MicrovmHostError, match="the record cannot be written"):
+        Record(str(tmp_path / "file/web/taps")).append("tap", "x", "1")
+
+
+def test_holders(tmp_path: Path) -> None:
+    assert holders(str(tmp_path / "none"), "taps", ("tap", "vm0")) == []
+    Record(str(tmp_path / "b/taps")).append("tap", "vm0", "7")
+    Record(str(tmp_path / "a/taps")).append("adopted", "vm0", "7")
+    Record(str(tmp_path / "a/taps")).append("tap", "vm0", "8")
+    Record(str(tmp_path / "c/taps")).append("tap", "vm01", "9")
+    Record(str(tmp_path / "d/other")).append("tap", "vm0", "9")
+    assert holders(str(tmp_path), "taps", ("tap", "vm0")) == ["a", "b"]
+    assert holders(str(tmp_path), "taps", ("adopted", "vm0")) == ["a"]
+    assert holders(str(tmp_path), "taps", ("tap", "vm0", "7")) == ["b"]

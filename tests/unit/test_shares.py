@@ -1,0 +1,437 @@
+# SPDX-License-Identifier: MIT
+"""Shares: virtiofsd's command line, where sockets and sources may lie, the units' properties."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from microvm_host import shares
+from microvm_host.errors import MicrovmHostError, PackageError
+from microvm_host.identity import Identity
+from microvm_host.paths import VIRTIOFSD_PLACES, HostPaths
+from microvm_host.record import Record
+from microvm_host.runner import Share
+from microvm_host.shares import Virtiofsd
+
+from . import packages
+
+RUST = Virtiofsd("/usr/libexec/virtiofsd")
+LEGACY = Virtiofsd("/usr/lib/qemu/virtiofsd", is_legacy=True)
+# Who runs the tests may give away to themselves alone.
+ALICE = Identity("alice", os.getuid(), "kvm", os.getgid())
+IS_ROOT = os.geteuid() == 0
+
+SOURCES = ["/srv", "/srv/$HOME ${x}", "/srv/100%i %h", "/srv/a,b", "/srv/back\\slash", "/ü '\""]
+
+
+def given(**options: Any) -> Share:
+    return Share("t", "/srv", "t.sock", options_given=True, **options)
+
+
+# ---- virtiofsd's command line
+
+BASE = ["/usr/libexec/virtiofsd", "--fd=3", "--shared-dir=/srv", "--xattr"]
+LEGACY_BASE = ["/usr/lib/qemu/virtiofsd", "--fd=3", "-o", "source=/srv", "-o", "xattr"]
+
+
+@pytest.mark.parametrize(
+    ("share", "more", "legacy"),
+    [
+        # A package that says nothing of options: as on NixOS.
+        (Share("t", "/srv", "t.sock"), ["--posix-acl"], ["-o", "posix_acl"]),
+        (given(), [], []),
+        (given(posix_acl=True), ["--posix-acl"], ["-o", "posix_acl"]),
+        # The C program has no option for it; the unit's ReadOnlyPaths= has to do.
+        (given(read_only=True), ["--readonly"], []),
+        (given(cache="auto"), ["--cache=auto"], ["-o", "cache=auto"]),
+        (given(cache="always"), ["--cache=always"], ["-o", "cache=always"]),
+        (given(cache="never"), ["--cache=never"], ["-o", "cache=none"]),
+        (given(extra_arguments=("-x", "--y=$z %n")), ["-x", "--y=$z %n"], ["-x", "--y=$z %n"]),
+        (
+            given(read_only=True, posix_acl=True, cache="always", extra_arguments=("-x",)),
+            ["--posix-acl", "--readonly", "--cache=always", "-x"],
+            ["-o", "posix_acl", "-o", "cache=always", "-x"],
+        ),
+    ],
+)
+def test_options(share: Share, more: list[str], legacy: list[str]) -> None:
+    assert shares.virtiofsd_argv(RUST, share, "/srv") == BASE + more
+    assert shares.virtiofsd_argv(LEGACY, share, "/srv") == LEGACY_BASE + legacy
+
+
+def test_cache_metadata() -> None:
+    share = given(cache="metadata")
+    assert shares.virtiofsd_argv(RUST, share, "/srv") == [*BASE, "--cache=metadata"]
+    with pytest.raises(MicrovmHostError, match="'t' wants cache=metadata") as caught:
+        shares.virtiofsd_argv(LEGACY, share, "/srv")
+    assert caught.value.path == LEGACY.path
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_source_is_one_argument_as_it_is(source: str) -> None:
+    assert shares.virtiofsd_argv(RUST, given(), source)[2] == f"--shared-dir={source}"
+
+
+@pytest.mark.parametrize(
+    ("source", "escaped"),
+    [
+        ("/a,b", "/a\\,b"),
+        ("/a\\b", "/a\\\\b"),
+        ("/a\\,b", "/a\\\\\\,b"),
+        ("/a $x %i", "/a $x %i"),
+        ("/o,cache=none", "/o\\,cache=none"),
+    ],
+)
+def test_legacy_source_is_one_option(source: str, escaped: str) -> None:
+    assert shares.virtiofsd_argv(LEGACY, given(), source)[3] == f"source={escaped}"
+
+
+# ---- which virtiofsd
+
+
+def test_find_virtiofsd(host: HostPaths) -> None:
+    with pytest.raises(MicrovmHostError, match="has no virtiofsd") as caught:
+        shares.find_virtiofsd(host.virtiofsd_places())
+    assert "install the package virtiofsd" in caught.value.hint
+    assert all(host.at(place) in caught.value.hint for place in VIRTIOFSD_PLACES)
+
+    packages.program(Path(host.root), "usr/lib/qemu/virtiofsd")
+    found = shares.find_virtiofsd(host.virtiofsd_places())
+    assert (found.path, found.is_legacy) == (host.at("/usr/lib/qemu/virtiofsd"), True)
+
+    # What cannot be executed is none.
+    packages.put(Path(host.root), "usr/local/libexec/virtiofsd", "")
+    packages.program(Path(host.root), "usr/libexec/virtiofsd")
+    found = shares.find_virtiofsd(host.virtiofsd_places())
+    assert (found.path, found.is_legacy) == (host.at("/usr/libexec/virtiofsd"), False)
+
+
+# ---- where a socket may lie
+
+
+@pytest.fixture
+def state(host: HostPaths) -> str:
+    os.mkdir(host.vm("web"))
+    return host.vm("web")
+
+
+def socket_path(text: str, state: str) -> str:
+    return shares.socket_path(Share("t", "/srv", text), state, "/package")
+
+
+@pytest.mark.parametrize("text", ["t.sock", "run/sub.sock", "a/b/c.sock", "with space.sock"])
+def test_socket_below_the_state_directory(text: str, state: str) -> None:
+    assert socket_path(text, state) == f"{state}/{text}"
+    assert socket_path(f"{state}/{text}", state) == f"{state}/{text}"
+    # Looking changes nothing.
+    assert os.listdir(state) == []
+
+
+@pytest.mark.parametrize("text", ["/etc/x.sock", "/run/x.sock", "/x", "{state}", "{state}-2/x"])
+def test_socket_elsewhere(text: str, state: str) -> None:
+    with pytest.raises(PackageError, match="lies outside of the VM's state directory") as caught:
+        socket_path(text.format(state=state), state)
+    assert caught.value.path == "/package/share/microvm/virtiofs/t/socket"
+
+
+def test_socket_of_another_vm(state: str) -> None:
+    with pytest.raises(PackageError, match="lies outside"):
+        socket_path(f"{os.path.dirname(state)}/web2/x.sock", state)
+
+
+def test_socket_with_a_long_path(state: str) -> None:
+    most = 107 - len(state) - 1
+    assert len(socket_path("s" * most, state)) == 107
+    with pytest.raises(PackageError, match="more than 107 bytes"):
+        socket_path("s" * (most + 1), state)
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "file"])
+def test_socket_below_what_is_no_directory(kind: str, state: str, root: Path) -> None:
+    (root / "elsewhere").mkdir()
+    if kind == "file":
+        Path(state, "run").write_text("")
+    else:
+        os.symlink(root / ("elsewhere" if kind == "link" else "none"), f"{state}/run")
+    with pytest.raises(MicrovmHostError, match="not a directory of root's") as caught:
+        socket_path("run/x.sock", state)
+    assert caught.value.path == f"{state}/run"
+
+
+def test_socket_below_a_directory_of_another_user(state: str) -> None:
+    os.mkdir(f"{state}/run")
+    if IS_ROOT:
+        assert socket_path("run/x.sock", state) == f"{state}/run/x.sock"
+        os.chown(f"{state}/run", 12345, -1)
+    with pytest.raises(MicrovmHostError, match="not a directory of root's"):
+        socket_path("run/x.sock", state)
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "directory"])
+def test_socket_in_place_of_something_else(kind: str, state: str) -> None:
+    path = Path(state, "disk.img")
+    if kind == "file":
+        path.write_text("data")
+    elif kind == "link":
+        os.symlink("/nonexistent", path)
+    else:
+        path.mkdir()
+    with pytest.raises(MicrovmHostError, match="this is no socket") as caught:
+        socket_path("disk.img", state)
+    assert caught.value.path == str(path)
+
+
+def test_socket_that_was_left_behind(state: str) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{state}/t.sock")
+    assert socket_path("t.sock", state) == f"{state}/t.sock"
+
+
+# ---- which sources there are
+
+
+def source_path(text: str, state: str) -> str:
+    return shares.source_path(Share("t", text, "t.sock"), state)
+
+
+def test_sources(state: str, root: Path) -> None:
+    (root / "with space").mkdir()
+    assert source_path(f"{root}/with space", state) == f"{root}/with space"
+    os.symlink(root / "with space", root / "link")
+    # Absolute ones are the administrator's own; a link there is meant.
+    assert source_path(f"{root}/link", state) == f"{root}/link"
+    os.makedirs(f"{state}/data/deep")
+    assert source_path("data/deep", state) == f"{state}/data/deep"
+
+
+def test_source_that_is_missing(state: str) -> None:
+    with pytest.raises(MicrovmHostError) as caught:
+        source_path("/nonexistent/a b", state)
+    assert str(caught.value) == (
+        "/nonexistent/a b: the source '/nonexistent/a b' of share 't' does not exist; "
+        "create it: mkdir -p '/nonexistent/a b'"
+    )
+    assert caught.value.exit_code == 1
+
+
+@pytest.mark.parametrize("source", ["/dev/null", "a-file", "dangling"])
+def test_source_that_is_no_directory(source: str, state: str) -> None:
+    Path(state, "a-file").write_text("")
+    os.symlink("/nonexistent", f"{state}/dangling")
+    with pytest.raises(MicrovmHostError, match="is not a directory"):
+        source_path(source, state)
+
+
+@pytest.mark.parametrize("source", ["link", "link/deep", "..", "../..", "a/../..", "."])
+def test_relative_source_that_leads_out(source: str, state: str, root: Path) -> None:
+    (root / "secret/deep").mkdir(parents=True)
+    os.mkdir(f"{state}/a")
+    # The VM's user may make this one.
+    os.symlink(root / "secret", f"{state}/link")
+    with pytest.raises(MicrovmHostError, match="leads out of the state directory"):
+        source_path(source, state)
+
+
+# ---- the plan
+
+
+class FakeSystemd:
+    """Notes what it is to start; its units are as active as they are told to be."""
+
+    def __init__(self, active: str = "active") -> None:
+        self.started: list[tuple[str, Any, Any]] = []
+        self.active = active
+        self.listeners: list[socket.socket] = []
+
+    def start_transient(self, unit: str, properties: Any, auxiliary: Any) -> None:
+        self.started.append((unit, properties, auxiliary))
+        for _kind, path in properties.get("Listen", ("", []))[1]:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            self.listeners.append(socket.socket(socket.AF_UNIX))
+            self.listeners[-1].bind(path)
+
+    def active_state(self, unit: str) -> str:
+        return self.active
+
+
+@pytest.fixture
+def package(root: Path) -> Path:
+    return packages.minimal(root / "package")
+
+
+@pytest.fixture
+def virtiofsd(host: HostPaths) -> str:
+    return str(packages.program(Path(host.root), "usr/libexec/virtiofsd"))
+
+
+@pytest.mark.usefixtures("state")
+def test_a_share_is_a_socket_and_a_service(
+    host: HostPaths, package: Path, virtiofsd: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    systemd = FakeSystemd()
+    share = Share("home/alice", str(root), "run/a.sock", options_given=True, read_only=True)
+    given_away: list[tuple[str, int, int]] = []
+    monkeypatch.setattr(
+        os, "chown", lambda path, uid, gid, **_: given_away.append((path, uid, gid))
+    )
+    os.mkdir(host.vm("web-1"))
+    (step,) = shares.plan("web-1", str(package), [share], ALICE, host, systemd)
+    assert step.describe() == f"listen for share home/alice ({root}, read-only)"
+    record = Record(host.record("web-1", "virtiofsd"))
+    step.apply(record)
+
+    socket_unit = "microvm-virtiofsd-web\\x2d1-home-alice.socket"
+    service_unit = "microvm-virtiofsd-web\\x2d1-home-alice.service"
+    path = f"{host.vm('web-1')}/run/a.sock"
+    assert record.read() == [["unit", socket_unit], ["unit", service_unit], ["socket", path]]
+    ((unit, properties, auxiliary),) = systemd.started
+    assert unit == socket_unit
+    expected = {
+        "Listen": ("a(ss)", [("Stream", path)]),
+        "SocketMode": ("u", 0o600),
+        "DirectoryMode": ("u", 0o755),
+        "RemoveOnStop": ("b", True),
+        "BindsTo": ("as", ["microvm-virtiofsd@web-1.service"]),
+        "Before": ("as", ["microvm@web-1.service"]),
+        "Slice": ("s", "machine.slice"),
+        "CollectMode": ("s", "inactive-or-failed"),
+    }
+    assert {name: properties[name] for name in expected} == expected
+    # The VM's user alone may connect.
+    assert given_away == [(path, ALICE.uid, ALICE.gid)]
+    service = auxiliary[service_unit]
+    argv = [virtiofsd, "--fd=3", f"--shared-dir={root}", "--xattr", "--readonly"]
+    assert service["ExecStartEx"] == ("a(sasas)", [(virtiofsd, argv, ["no-env-expand"])])
+    assert service["LimitNOFILE"] == ("t", 1048576)
+    assert service["ReadOnlyPaths"] == ("as", [str(root)])
+    assert service["StartLimitIntervalUSec"] == ("t", 0)
+    # Stopped while it starts, it would let down a hypervisor that has connected.
+    assert "BindsTo" not in service
+
+
+@pytest.mark.usefixtures("state", "virtiofsd")
+def test_a_writable_share_is_not_read_only(host: HostPaths, package: Path, root: Path) -> None:
+    systemd = FakeSystemd()
+    share = Share("t", str(root), "t.sock", options_given=True)
+    (step,) = shares.plan("web", str(package), [share], ALICE, host, systemd)
+    assert step.describe() == f"listen for share t ({root})"
+    step.apply(Record(host.record("web", "virtiofsd")))
+    (service,) = systemd.started[0][2].values()
+    assert "ReadOnlyPaths" not in service
+    assert "--readonly" not in service["ExecStartEx"][1][0][1]
+
+
+@pytest.mark.usefixtures("state", "virtiofsd")
+def test_one_socket_for_two(host: HostPaths, package: Path, root: Path, state: str) -> None:
+    both = [Share("a", str(root), "x.sock"), Share("b", str(root), f"{state}/x.sock")]
+    with pytest.raises(PackageError, match="the shares 'a' and 'b' have one socket"):
+        shares.plan("web", str(package), both, ALICE, host, FakeSystemd())
+
+
+@pytest.mark.usefixtures("state")
+def test_own_script_where_only_it_knows_the_options(
+    host: HostPaths, package: Path, root: Path, state: str
+) -> None:
+    script = str(packages.program(package, "bin/virtiofsd-run"))
+    # No virtiofsd of the host is asked for.
+    plain = [Share("a", str(root), "a.sock"), Share("b", str(root), "b.sock")]
+    systemd = FakeSystemd()
+    (step,) = shares.plan("web", str(package), plain, ALICE, host, systemd)
+    assert step.describe() == "run bin/virtiofsd-run of the package for 2 shares"
+
+    record = Record(host.record("web", "virtiofsd"))
+    for name in ("a.sock", "b.sock"):
+        Path(state, name).write_text("stands for a socket that is there")
+    step.apply(record)
+    assert record.read() == [
+        ["unit", "microvm-virtiofsd-web.service"],
+        ["socket", f"{state}/a.sock"],
+        ["socket", f"{state}/b.sock"],
+    ]
+    ((unit, properties, auxiliary),) = systemd.started
+    assert (unit, auxiliary) == ("microvm-virtiofsd-web.service", {})
+    assert properties["ExecStartEx"][1] == [(script, [script], ["no-env-expand"])]
+    assert properties["WorkingDirectory"] == ("s", state)
+    assert properties["BindsTo"] == ("as", ["microvm-virtiofsd@web.service"])
+
+
+@pytest.mark.usefixtures("state")
+def test_own_script_that_ends(host: HostPaths, package: Path, root: Path) -> None:
+    packages.program(package, "bin/virtiofsd-run")
+    (step,) = shares.plan(
+        "web", str(package), [Share("a", str(root), "a.sock")], ALICE, host, FakeSystemd("failed")
+    )
+    with pytest.raises(MicrovmHostError, match="ended before it listened at") as caught:
+        step.apply(Record(host.record("web", "virtiofsd")))
+    assert "journalctl -u 'microvm-virtiofsd-web.service'" in caught.value.hint
+
+
+@pytest.mark.usefixtures("state")
+def test_own_script_that_does_not_listen(
+    host: HostPaths, package: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shares, "OWN_SCRIPT_WITHIN", 0.1)
+    packages.program(package, "bin/virtiofsd-run")
+    (step,) = shares.plan(
+        "web", str(package), [Share("a", str(root), "a.sock")], ALICE, host, FakeSystemd()
+    )
+    with pytest.raises(MicrovmHostError, match="does not listen at"):
+        step.apply(Record(host.record("web", "virtiofsd")))
+
+
+@pytest.mark.usefixtures("state", "virtiofsd")
+def test_options_in_files_win_over_the_script(host: HostPaths, package: Path, root: Path) -> None:
+    packages.program(package, "bin/virtiofsd-run")
+    mixed = [
+        Share("a", str(root), "a.sock"),
+        Share("b", str(root), "b.sock", options_given=True, read_only=True),
+    ]
+    steps = shares.plan("web", str(package), mixed, ALICE, host, FakeSystemd())
+    assert [type(step) for step in steps] == [shares.ServeShare, shares.ServeShare]
+
+
+# ---- undoing
+
+
+def test_undo(host: HostPaths, state: str) -> None:
+    record = Record(host.record("web", "virtiofsd"))
+    for verb, name in (("unit", "a.socket"), ("unit", "a.service")):
+        record.append(verb, name)
+    os.mkdir(f"{state}/run")
+    paths = [f"{state}/run/left.sock", f"{state}/gone.sock", f"{state}/file"]
+    for path in paths:
+        record.append("socket", path)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(paths[0])
+    Path(paths[2]).write_text("put there by the VM's user")
+    stopped: list[str] = []
+    assert shares.undo(record, state, stopped.extend) == []
+    assert stopped == ["a.socket", "a.service"]
+    assert os.path.exists(paths[2])
+    assert not os.path.exists(paths[0])
+    # Made for the socket, if root made it; a directory of the user's stays.
+    assert os.path.exists(f"{state}/run") is not IS_ROOT
+    assert os.path.isdir(state)
+    assert record.read() == []
+
+
+def test_undo_keeps_the_record_of_what_it_could_not(host: HostPaths, state: str) -> None:
+    record = Record(host.record("web", "virtiofsd"))
+    record.append("unit", "a.socket")
+    record.append("socket", f"{state}/a.sock")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{state}/a.sock")
+
+    def refuse(units: Sequence[str]) -> None:
+        raise MicrovmHostError("systemd does not answer")
+
+    assert shares.undo(record, state, refuse) == ["systemd does not answer"]
+    # It goes on past the failure.
+    assert not os.path.exists(f"{state}/a.sock")
+    assert len(record.read()) == 2
