@@ -143,9 +143,12 @@ class _Asked:
                 setpgroup=0,
             )
         except OSError as error:
-            # The rungs after this one are still there: wait for none of it.
-            log.error(f"{self._script}: cannot be executed: {error.strerror}")
-            self._returned = True
+            os.close(self._stdin)
+            raise MicrovmHostError(
+                f"cannot be executed, so the guest cannot be asked: {error.strerror}; ending the "
+                "hypervisor by force",
+                path=self._script,
+            ) from error
         finally:
             os.close(stdin)
         return self

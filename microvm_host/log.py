@@ -84,7 +84,7 @@ def _folded(message: str) -> str:
 def _own_unit(host: HostPaths) -> str:
     """The service that this process belongs to; nothing if it is in none (cgroups(7))."""
     try:
-        with open(host.own_cgroup, encoding="ascii") as file:
+        with open(host.own_cgroup, encoding="utf-8", errors="replace") as file:
             units = [line.rstrip("\n").rsplit("/", 1)[-1] for line in file]
     except OSError:
         return ""

@@ -32,10 +32,15 @@ class Record:
             raise ValueError(f"a record's fields cannot hold {fields!r}")
         try:
             os.makedirs(os.path.dirname(self.path), mode=0o755, exist_ok=True)
-            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
             target = os.open(self.path, flags, 0o644)
             try:
                 whole = f"{line}\n".encode()
+                size = os.fstat(target).st_size
+                if size and os.pread(target, 1, size - 1) != b"\n":
+                    # A line that was cut off is not to be believed once it ends, nor ours joined
+                    # to it.
+                    os.ftruncate(target, self._end_of_last_line(target, size))
                 if os.write(target, whole) != len(whole):
                     raise MicrovmHostError("the record could not be written whole", path=self.path)
             finally:
@@ -44,6 +49,10 @@ class Record:
             raise MicrovmHostError(
                 f"the record cannot be written: {error.strerror}", path=self.path
             ) from error
+
+    @staticmethod
+    def _end_of_last_line(file: int, size: int) -> int:
+        return os.pread(file, size, 0).rfind(b"\n") + 1
 
     def read(self) -> list[list[str]]:
         """The lines, oldest first, as lists of fields; none if there is no record."""

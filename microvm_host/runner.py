@@ -119,10 +119,12 @@ def load(path: str) -> Package:
     reader = _Reader(path)
     reader.check_runnable()
     reader.check_no_share_escaped()
+    taps, macvtaps = reader.taps(), reader.macvtaps()
+    reader.check_distinct(taps, macvtaps)
     return Package(
         path=reader.root,
-        taps=reader.taps(),
-        macvtaps=reader.macvtaps(),
+        taps=taps,
+        macvtaps=macvtaps,
         shares=reader.shares(),
         pci_devices=reader.names_in(f"{SHARE}/pci-devices", names.pci_address),
         usb_devices=reader.text(f"{SHARE}/usb-devices"),
@@ -176,6 +178,9 @@ class _Reader:
         """The text of a file without its trailing newlines; None if it is not there."""
         path = self.at(file)
         try:
+            # Before opening it, since opening alone has effects on some devices.
+            if not stat.S_ISREG(os.stat(path).st_mode):
+                raise PackageError("is not a regular file", path=path)
             # Not waiting: open(2) of a FIFO would wait for a writer for ever.
             source = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
         except OSError as error:
@@ -349,6 +354,21 @@ class _Reader:
                 raise PackageError(f"tap {tap!r} stands here twice", path=self.at(file), line=line)
             bridges[tap] = self.checked(file, line, bridge, names.interface_name)
         return bridges
+
+    def check_distinct(self, taps: tuple[Tap, ...], macvtaps: tuple[Macvtap, ...]) -> None:
+        """Refuse what the host could not have at once, though each file alone is right."""
+        names_taken = {tap.name for tap in taps}
+        macs: dict[str, str] = {}
+        for line, macvtap in enumerate(macvtaps, 1):
+            other = macs.setdefault(macvtap.mac, macvtap.name)
+            problem = ""
+            if macvtap.name in names_taken:
+                problem = f"{macvtap.name!r} is also a tap"
+            elif other != macvtap.name:
+                problem = f"MAC address {macvtap.mac} is also that of {other}"
+            if problem:
+                path = self.at(f"{SHARE}/macvtap-interfaces")
+                raise PackageError(problem, path=path, line=line)
 
     def _columns(self, file: str, line: int, text: str, count: int) -> list[str]:
         # Split by space and tab alone: split() knows many more, and a name may hold none of them.

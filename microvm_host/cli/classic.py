@@ -44,6 +44,9 @@ def translate(arguments: list[str]) -> list[str]:
                 if action:
                     raise UsageError(f"-{letter} does not go with {action}", hint=_HINT)
                 action = chosen
+                if letter == "s":
+                    # What follows the name is ssh's, flags and all.
+                    return [action, _value(letter, letters, words), *words]
                 if letter != "l":
                     rest = [*_value(letter, letters, words).split(), *rest]
                     letters = ""

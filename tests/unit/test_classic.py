@@ -33,6 +33,8 @@ TABLE = [
     ("-r web", "run web"),
     ("-s web", "ssh web"),
     ("-s root@web", "ssh root@web"),
+    ("-s web ls -l -R", "ssh web ls -l -R"),
+    ("-s web -v -- -x", "ssh web -v -- -x"),
 ]
 
 

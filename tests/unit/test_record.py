@@ -44,6 +44,14 @@ def test_half_written_last_line_is_left_out(record: Record) -> None:
     assert record.read() == [["tap", "vm0", "7"]]
 
 
+def test_half_written_last_line_is_not_completed_by_the_next(record: Record) -> None:
+    record.append("tap", "vm0", "7")
+    with open(record.path, "a") as target:
+        target.write("tap\tvm")
+    record.append("tap", "vm1", "8")
+    assert record.read() == [["tap", "vm0", "7"], ["tap", "vm1", "8"]]
+
+
 @pytest.mark.parametrize("field", ["a\tb", "a\nb", "\n", "\t"])
 def test_fields_that_would_be_misread(record: Record, field: str) -> None:
     with pytest.raises(ValueError, match="cannot hold"):

@@ -231,6 +231,20 @@ CASES = (
     ),
     Case("bridge-name", both(holds(TAPS, "a\n"), holds(BRIDGES, "a br%d\n")), "'br%d'", BRIDGES, 1),
     # Macvtaps.
+    Case(
+        "macvtap-also-tap",
+        both(holds(TAPS, "same\n"), holds(MACVTAPS, f"same {MAC} eth0 bridge\n")),
+        "'same' is also a tap",
+        MACVTAPS,
+        1,
+    ),
+    Case(
+        "macvtap-mac-twice",
+        holds(MACVTAPS, f"m0 {MAC} eth0 bridge\nm1 {MAC} eth0 bridge\n"),
+        f"MAC address {MAC} is also that of m0",
+        MACVTAPS,
+        2,
+    ),
     Case("macvtap-3", holds(MACVTAPS, f"m {MAC} eth0\n"), "3 columns instead of 4", MACVTAPS, 1),
     Case(
         "macvtap-5",
