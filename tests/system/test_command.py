@@ -126,6 +126,23 @@ def test_run_in_the_foreground(toolkit: Toolkit, vm: str) -> None:
     assert "is active already" in refused.stderr or "is activating already" in refused.stderr
 
 
+def test_a_vm_in_the_foreground_is_known_and_stopped_in_order(toolkit: Toolkit, vm: str) -> None:
+    before = toolkit.footprint()
+    toolkit.create(Stub(name=vm, taps=(Tap(name=f"{vm}a", mac="02:00:00:00:00:01"),)))
+    running = toolkit.host.spawn(["microvm", "run", vm])
+    try:
+        eventually(
+            lambda: line(toolkit, vm), lambda shown: "booted" not in shown, 20, "does not run"
+        )
+        assert toolkit.host.exists(f"/sys/class/net/{vm}a")
+        toolkit.host.run(["microvm", "stop", vm])
+        shown, _ = running.communicate(timeout=20)
+    finally:
+        running.kill()
+    assert f"STUB {vm}: shutdown script, main process" in shown
+    toolkit.await_footprint(before)
+
+
 def test_status_and_logs(toolkit: Toolkit, vm: str) -> None:
     toolkit.sh("mkdir -p /srv/data")
     toolkit.create(

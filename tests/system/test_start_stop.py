@@ -310,10 +310,20 @@ def test_sources_that_would_trip_a_shell(toolkit: Toolkit, vm: str) -> None:
     source = "/srv/$HOME %i \"q\" 'r' \\n, ünï*"
     toolkit.host.run(["mkdir", "-p", source])
     toolkit.host.write(f"{source}/hello", "odd\n")
-    toolkit.create(guest(vm, shares=(Share(tag="odd", source=source, mount="/mnt/odd"),)))
+    toolkit.create(
+        guest(
+            vm,
+            shares=(
+                Share(tag="odd", source=source, mount="/mnt/odd"),
+                Share(tag="ro", source=source, mount="/mnt/ro", read_only=True),
+            ),
+        )
+    )
     toolkit.systemctl("start", f"microvm@{vm}")
     lines = toolkit.await_line(vm, f"GUEST {vm}: ready")
-    assert f"GUEST {vm}: share odd file hello: odd" in lines, "\n".join(lines)
+    for tag in ("odd", "ro"):
+        assert f"GUEST {vm}: share {tag} file hello: odd" in lines, "\n".join(lines)
+    assert f"GUEST {vm}: share ro write: Read-only file system" in lines, "\n".join(lines)
 
 
 @pytest.mark.core
