@@ -98,51 +98,38 @@ ifeq ($(DESTDIR),)
 	if [ -d /run/systemd/system ]; then systemctl daemon-reload; fi
 endif
 
-# Tools for checks and tests, in an environment of their own outside of the checkout. It is made
-# anew when the list of them changes, or the Python.
-TEST_PYTHON ?= python3
-CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/microvm-host
-TOOLS_KEY = $(shell { cat tests/requirements.txt; $(TEST_PYTHON) -VV; } | sha256sum | cut -c1-12)
-TOOLS = $(CACHE)/tools-$(TOOLS_KEY)
 # Test hosts need root; `sudo` keeps the environment's few settings that matter.
 AS_ROOT = $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=CI,MICROVM_HOST_TEST_CACHE)
-
-.SILENT: $(TOOLS)/done prerequisites
-.PHONY: prerequisites
-prerequisites:
-	tests/prerequisites
-
-$(TOOLS)/done: | prerequisites
-	echo "making the environment for tests in $(TOOLS)" >&2
-	mkdir -p $(CACHE)
-	$(TEST_PYTHON) -m venv --clear $(TOOLS)
-	$(TOOLS)/bin/python -m pip install -q --disable-pip-version-check -r tests/requirements.txt
-	touch $@
+TEST_PYTHON ?= python3
+export TEST_PYTHON
 
 CODE = microvm_host tests
+# Where the tools are is known only once they are installed, so that each recipe asks.
+IN_TOOLS = tools=$$(tests/environment) &&
+# -B and no cache: nothing is written into the checkout, by whichever user.
+PYTEST = $$tools/bin/python -B -m pytest -p no:cacheprovider
 
-# -B: nothing is written into the checkout, by whichever user.
-PYTEST = $(TOOLS)/bin/python -B -m pytest -p no:cacheprovider
+check:
+	$(IN_TOOLS) $$tools/bin/ruff format --no-cache --check -q $(CODE)
+	$(IN_TOOLS) $$tools/bin/ruff check --no-cache -q $(CODE)
+	$(IN_TOOLS) $$tools/bin/mypy --cache-dir=$$tools/mypy-cache $(CODE)
+	$(IN_TOOLS) $(PYTEST) -q tests/unit tests/static
 
-check: $(TOOLS)/done
-	$(TOOLS)/bin/ruff format --no-cache --check -q $(CODE)
-	$(TOOLS)/bin/ruff check --no-cache -q $(CODE)
-	$(TOOLS)/bin/mypy --cache-dir=$(CACHE)/mypy $(CODE)
-	$(PYTEST) -q tests/unit tests/static
-
-format: $(TOOLS)/done
-	$(TOOLS)/bin/ruff check --no-cache -q --fix $(CODE)
-	$(TOOLS)/bin/ruff format --no-cache -q $(CODE)
+format:
+	$(IN_TOOLS) $$tools/bin/ruff check --no-cache -q --fix $(CODE)
+	$(IN_TOOLS) $$tools/bin/ruff format --no-cache -q $(CODE)
 
 test: check
-	$(AS_ROOT) $(PYTEST) tests/guest tests/host tests/system
+	$(IN_TOOLS) $(AS_ROOT) $(PYTEST) tests/guest tests/host tests/system
 
-demo: prerequisites
+demo:
+	tests/prerequisites
 	$(AS_ROOT) $(TEST_PYTHON) -B -m tests.demo
 
-demo-shell: prerequisites
+demo-shell:
+	tests/prerequisites
 	$(AS_ROOT) $(TEST_PYTHON) -B -m tests.demo --shell
 
 clean:
 	$(AS_ROOT) $(TEST_PYTHON) -B -m tests.host clean
-	rm -rf $(CACHE)
+	rm -rf $${XDG_CACHE_HOME:-$$HOME/.cache}/microvm-host
