@@ -135,7 +135,14 @@ def test_manual_page_has_its_name_and_licence(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_man_has_no_warnings(page: Path) -> None:
     done = subprocess.run(
-        ["man", "--warnings", "--encoding=UTF-8", "--local-file", "--ditroff", str(page)],
+        [
+            "man",  # How lines break depends on groff, and is no fault of the page.
+            "--warnings=w,!break",
+            "--encoding=UTF-8",
+            "--local-file",
+            "--ditroff",
+            str(page),
+        ],
         env={**os.environ, "LC_ALL": "C.UTF-8", "MANROFFSEQ": "", "MANWIDTH": "80"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
