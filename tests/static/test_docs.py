@@ -137,7 +137,7 @@ def test_man_has_no_warnings(page: Path) -> None:
     done = subprocess.run(
         [
             "man",  # How lines break depends on groff, and is no fault of the page.
-            "--warnings=w,!break",
+            "--warnings=mac,reg,char,font,scale,syntax,escape,missing",
             "--encoding=UTF-8",
             "--local-file",
             "--ditroff",
