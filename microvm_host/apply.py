@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 
 from . import declaration, install, names, process, systemd
-from .errors import MicrovmHostError
+from .errors import DeclarationError, MicrovmHostError
 from .frozen import frozen
 
 TYPE_CHECKING = False
@@ -31,20 +31,6 @@ class Outcome:
     error: MicrovmHostError | None = None
 
 
-def declared(host: HostPaths) -> Iterator[Declaration | MicrovmHostError]:
-    """All declarations in order of their names, or what is wrong with each."""
-    try:
-        files = sorted(os.listdir(host.declarations))
-    except FileNotFoundError:
-        return
-    for file in files:
-        if file.endswith(".toml") and not file.startswith("."):
-            try:
-                yield declaration.load(f"{host.declarations}/{file}")
-            except MicrovmHostError as error:
-                yield error
-
-
 def apply(host: HostPaths, *, dry_run: bool = False) -> Iterator[Outcome]:
     """Bring every declared VM up to date, one outcome at a time.
 
@@ -58,8 +44,8 @@ def apply(host: HostPaths, *, dry_run: bool = False) -> Iterator[Outcome]:
         # The generator runs anew: microvms.target wants what is declared now.
         process.output(["systemctl", "daemon-reload"])
     active = systemd.states(names.unit("*"))
-    for found in declared(host):
-        if isinstance(found, MicrovmHostError):
+    for found in declaration.load_all(host.declarations):
+        if isinstance(found, DeclarationError):
             path = found.path or ""
             yield Outcome(os.path.basename(path), str(found), False, found)
             continue

@@ -15,7 +15,7 @@ import os
 import sys
 
 from . import declaration, log, names
-from .errors import MicrovmHostError
+from .errors import DeclarationError
 from .paths import HostPaths
 
 TYPE_CHECKING = False
@@ -26,7 +26,7 @@ TARGET = "microvms.target"
 
 
 def generate(
-    directory: str, units: str, host: HostPaths, complain: Callable[[MicrovmHostError], None]
+    directory: str, units: str, host: HostPaths, complain: Callable[[DeclarationError], None]
 ) -> None:
     """Write the links for all declarations.
 
@@ -35,17 +35,9 @@ def generate(
         units: where the unit files are installed.
         complain: takes the error of each declaration that is skipped.
     """
-    try:
-        files = sorted(os.listdir(host.declarations))
-    except FileNotFoundError:
-        return
-    for file in files:
-        if not file.endswith(".toml") or file.startswith("."):
-            continue
-        try:
-            declared = declaration.load(f"{host.declarations}/{file}")
-        except MicrovmHostError as error:
-            complain(error)
+    for declared in declaration.load_all(host.declarations):
+        if isinstance(declared, DeclarationError):
+            complain(declared)
             continue
         vm = names.unit(declared.name)
         _want(directory, vm, f"install-microvm@{declared.name}.service", units)

@@ -40,6 +40,7 @@ def set_booted(name: str, host: HostPaths) -> None:
     if package.hypervisor is not None:
         booted.append("hypervisor", package.hypervisor)
     state.link(host.booted(name), package.path)
+    log.status(f"checked {package.path}")
 
 
 def unset_booted(name: str, host: HostPaths) -> None:

@@ -102,7 +102,9 @@ def stop(main_pid: int, script: str | None, patience: float) -> None:
     finally:
         os.close(main)
     asked = "once" if times == 1 else f"{times} times"
-    log.info(f"the guest shut down in {clock.seconds:.1f} s, its package's script asked {asked}")
+    told = f"the guest shut down in {clock.seconds:.1f} s, its package's script asked {asked}"
+    log.info(told)
+    log.status(told)
 
 
 def _ask(script: str, main: int, clock: Clock, *, until: float) -> None:

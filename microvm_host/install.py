@@ -146,7 +146,7 @@ def _nix(verb: str, *arguments: str, about: str) -> str:
     if done.returncode:
         raise MicrovmHostError(
             f"nix could not {verb} {about}: it ended with {done.returncode}",
-            hint="what it said stands above; the VM keeps the package that it has",
+            hint="what it said stands above; nothing was changed",
         )
     return done.stdout
 

@@ -113,7 +113,9 @@ def rows(
             raise MicrovmHostError(
                 f"there is no microVM {name}", path=host.vm(name), hint="`microvm list` lists them"
             )
-    active = systemd.states(names.unit("*"), "microvm-foreground-*.service")
+    active = systemd.states(
+        names.unit("*"), "microvm-foreground-*.service", *names.set_up_units("*")
+    )
     return [
         _row(name, _active(name, active), host, newest_by_nix)
         for name in only or sorted(present)
@@ -122,10 +124,12 @@ def rows(
 
 
 def _active(name: str, active: dict[str, str]) -> str:
-    """How a VM is, as a service or in the foreground."""
+    """How a VM is, as a service or in the foreground; `failed` too if it was not got so far."""
     state = active.get(names.unit(name), "inactive")
     if state in ("inactive", "failed"):
         state = active.get(names.foreground_unit(name), state)
+    if state == "inactive" and "failed" in map(active.get, names.set_up_units(name)):
+        return "failed"
     return state
 
 

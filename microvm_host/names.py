@@ -146,6 +146,20 @@ def unit(name: str) -> str:
     return f"microvm@{name}.service"
 
 
+# Units that set something up for a VM and undo it after, by the part before `@NAME.service`.
+SET_UP_UNITS = (
+    "microvm-set-booted",
+    "microvm-tap-interfaces",
+    "microvm-macvtap-interfaces",
+    "microvm-virtiofsd",
+)
+
+
+def set_up_units(name: str) -> list[str]:
+    """The units that set up what a VM needs; `*` gives globs for those of all VMs."""
+    return [f"{unit}@{name}.service" for unit in SET_UP_UNITS]
+
+
 def foreground_unit(name: str) -> str:
     """The transient unit of `microvm run`."""
     return f"microvm-foreground-{escape(name)}.service"

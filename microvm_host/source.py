@@ -11,8 +11,6 @@ from .frozen import frozen
 
 # Files in the state directory that remember it, one line each; `flake` as on NixOS.
 KINDS = ("runner", "flake")
-
-
 # Far more than a flake reference is long.
 _REFERENCE_MAX = 4096
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 
-from ..errors import MicrovmHostError
+from ..errors import EXIT_FAILED, MicrovmHostError
 from ..interpreter import add_distribution_packages
 from ..paths import HostPaths
 
@@ -41,6 +41,11 @@ def main(argv: list[str] | None = None) -> int:
         # The reader, `head` or so, has enough. Python would complain once more at its own end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
+    except OSError as error:
+        # A full disk, or something in the way that nobody thought of: no traceback for that.
+        where = f"{error.filename}: " if error.filename else ""
+        sys.stderr.write(f"microvm: {where}{error.strerror or error}\n")
+        return EXIT_FAILED
     except KeyboardInterrupt:
         return 130
     return 0

@@ -18,13 +18,6 @@ if TYPE_CHECKING:
 
     from ..paths import HostPaths
 
-# What is set up for a VM and undone after it, in units of their own.
-_SET_UP = (
-    "microvm-set-booted@{}.service",
-    "microvm-tap-interfaces@{}.service",
-    "microvm-macvtap-interfaces@{}.service",
-    "microvm-virtiofsd@{}.service",
-)
 _DOING = {"start": "starting", "stop": "stopping", "restart": "restarting"}
 _GONE_WITHIN = 30.0  # seconds
 
@@ -73,7 +66,7 @@ def _units(verb: str, vms: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _is_wrong_package(vms: Sequence[str]) -> bool:
     """Whether it is for a wrong package that one of the VMs is not up."""
-    units = [unit.format(vm) for vm in vms for unit in (*_SET_UP, "microvm@{}.service")]
+    units = [unit for vm in vms for unit in (*names.set_up_units(vm), names.unit(vm))]
     failed = [unit for unit, state in systemd.states(*units).items() if state == "failed"]
     return any(
         systemd.show(unit, "ExecMainStatus").get("ExecMainStatus") == str(EXIT_CONFIG)
@@ -84,7 +77,7 @@ def _is_wrong_package(vms: Sequence[str]) -> bool:
 def _wait_until_undone(vms: Sequence[str], progress: _Progress, began: float) -> None:
     # systemd is done with the stop when the hypervisor has ended; what was set up for it is
     # undone after that.
-    units = [unit.format(vm) for vm in vms for unit in _SET_UP]
+    units = [unit for vm in vms for unit in names.set_up_units(vm)]
     deadline = time.monotonic() + _GONE_WITHIN
     while time.monotonic() < deadline:
         if not {"active", "activating", "deactivating"} & set(systemd.states(*units).values()):
@@ -142,7 +135,7 @@ def run_in_foreground(vm: str, host: HostPaths) -> NoReturn:
         raise MicrovmHostError(
             f"microVM {vm} is {found['ActiveState']} already", hint=f"microvm stop {vm}"
         )
-    set_up = [unit.format(vm) for unit in _SET_UP]
+    set_up = names.set_up_units(vm)
     # Installed beside the package.
     package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     helper = f"{os.path.dirname(package)}/helper"
@@ -190,7 +183,7 @@ def become_ssh(user: str, vm: str, cid: int, arguments: Sequence[str]) -> NoRetu
 
 def become_journalctl(vm: str, arguments: Sequence[str]) -> NoReturn:
     """Become journalctl, for a VM and all that belongs to it."""
-    units = [names.unit(vm), *(unit.format(vm) for unit in _SET_UP)]
+    units = [names.unit(vm), *names.set_up_units(vm)]
     units += [f"install-microvm@{vm}.service", f"microvm-virtiofsd-{names.escape(vm)}-*"]
     _become(["journalctl", *(f"--unit={unit}" for unit in units), *arguments])
 

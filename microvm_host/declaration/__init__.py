@@ -19,6 +19,7 @@ from ..source import Source
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import Any
 
 _KEYS = {"runner": str, "flake": str, "autostart": bool, "restart_if_changed": bool}
@@ -45,6 +46,24 @@ def name_of(path: str) -> str:
         return names.vm_name(os.path.basename(path).removesuffix(".toml"))
     except NameInvalid as error:
         raise DeclarationError(error.message, path=path, hint=error.hint) from error
+
+
+def load_all(directory: str) -> Iterator[Declaration | DeclarationError]:
+    """Read all declarations of a directory, by name; gives what is wrong in place of a wrong one.
+
+    A directory that is not there holds none.
+    """
+    try:
+        files = sorted(os.listdir(directory))
+    except FileNotFoundError:
+        return
+    for file in files:
+        # Editors leave hidden files, which declare nothing.
+        if file.endswith(".toml") and not file.startswith("."):
+            try:
+                yield load(f"{directory}/{file}")
+            except DeclarationError as error:
+                yield error
 
 
 def load(path: str) -> Declaration:

@@ -136,7 +136,8 @@ def test_manual_page_has_its_name_and_licence(page: Path) -> None:
 def test_man_has_no_warnings(page: Path) -> None:
     done = subprocess.run(
         [
-            "man",  # How lines break depends on groff, and is no fault of the page.
+            "man",
+            # Not all of them: how lines break depends on groff, and is no fault of the page.
             "--warnings=mac,reg,char,font,scale,syntax,escape,missing",
             "--encoding=UTF-8",
             "--local-file",

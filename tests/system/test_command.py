@@ -93,6 +93,18 @@ def test_only_root_creates(toolkit: Toolkit, vm: str) -> None:
     assert done.stderr == (f"microvm: this needs root; sudo microvm create {vm} --runner {path}\n")
 
 
+def test_the_listing_shows_a_failed_start(toolkit: Toolkit, vm: str) -> None:
+    path = toolkit.create(Stub(name=vm))
+    toolkit.host.write(f"{path}/share/microvm/tap-interfaces", "vm%d\n")
+    failed = toolkit.host.run(["microvm", "start", vm], check=False)
+    assert failed.returncode == 78
+    assert failed.stderr.startswith(f"{path}/share/microvm/tap-interfaces:1: ")
+    assert line(toolkit, vm) == (
+        f"{vm}: current({vm}), failed: systemctl status microvm@{vm}.service"
+    )
+    toolkit.systemctl("reset-failed")
+
+
 def test_update_keeps_what_works(toolkit: Toolkit, vm: str) -> None:
     path = toolkit.create(Stub(name=vm))
     toolkit.sh(f"rm {path}/bin/microvm-run")

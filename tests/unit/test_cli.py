@@ -270,3 +270,12 @@ def test_plain_listing_does_not_import_click(host: HostPaths, web: Package, root
         "web: current(web-1), not booted: systemctl start microvm@web.service",
         "0 []",
     ]
+
+
+def test_what_nobody_thought_of_is_no_traceback(
+    host: HostPaths, capfd: pytest.CaptureFixture[str]
+) -> None:
+    os.rmdir(host.state)
+    Path(host.state).write_text("a file")
+    assert entry.main(["microvm", "list"]) == 1
+    assert capfd.readouterr().err == f"microvm: {host.state}: Not a directory\n"
