@@ -19,6 +19,7 @@ from pathlib import Path
 from tests.host import cache
 from tests.host.interface import HostError
 
+_NSPAWN = Path("/run/systemd/nspawn")
 _UNIFIED_MOUNTS = (Path("/sys/fs/cgroup/unified"), Path("/sys/fs/cgroup"))
 
 
@@ -98,15 +99,17 @@ def discard(work: Path, cgroups: Sequence[Path], network: str) -> None:
             raise HostError(f"processes of {work.name} do not end: {sorted(left)}")
         time.sleep(0.01)
     remove_cgroups(cgroups)
-    while mounts := _mounts_below(work):
+    while mounts := _mounts_of(work):
         subprocess.run(["umount", "--", mounts[-1]], capture_output=True)
-        if _mounts_below(work) == mounts:
+        if _mounts_of(work) == mounts:
             if time.monotonic() > deadline:
                 raise HostError(f"still mounted: {mounts}")
             time.sleep(0.05)
-    # nspawn leaves its directory where it cannot tell that /run is kept in memory.
-    with contextlib.suppress(OSError):
-        Path("/run/systemd/nspawn/propagate", work.name).rmdir()
+    # nspawn leaves its directories where it cannot tell that /run is kept in memory, and where it
+    # was killed.
+    for place in ("propagate", "unix-export"):
+        with contextlib.suppress(OSError):
+            (_NSPAWN / place / work.name).rmdir()
     # Interfaces live and die with their network namespace, and that with its last process.
     while network and (holders := _holders_of_network(network)):
         if time.monotonic() > deadline:
@@ -116,10 +119,12 @@ def discard(work: Path, cgroups: Sequence[Path], network: str) -> None:
         time.sleep(0.01)
 
 
-def _mounts_below(work: Path) -> list[str]:
+def _mounts_of(work: Path) -> list[str]:
     table = Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
     points = [line.split()[4] for line in table]
-    return [point for point in points if point.startswith(f"{work}/")]
+    # From 256 on nspawn mounts a directory for sockets outside as well.
+    outside = f"{_NSPAWN}/unix-export/{work.name}"
+    return [point for point in points if point.startswith(f"{work}/") or point == outside]
 
 
 def _holders_of_network(network: str) -> list[int]:
