@@ -8,10 +8,9 @@ start` and the hypervisor, where every import counts. Nothing here is for people
 from __future__ import annotations
 
 import os
-import sys
 
 from . import log, names
-from .errors import EXIT_FAILED, EXIT_USAGE, MicrovmHostError, NameInvalid, PackageError
+from .errors import EXIT_CONFIG, EXIT_FAILED, EXIT_USAGE, MicrovmHostError, NameInvalid
 from .paths import MICROVM_RUN, MICROVM_SHUTDOWN, HostPaths
 from .record import Record
 
@@ -21,8 +20,7 @@ if TYPE_CHECKING:
 
     from .identity import Identity
 
-# Longer than guests take that stop services in order; systemd's own patience,
-# DefaultTimeoutStopSec=, is as long.
+# As long as a systemd in the guest gives each of its own services (DefaultTimeoutStopSec=).
 SHUTDOWN_SECONDS = 90.0
 
 
@@ -209,7 +207,8 @@ def main(argv: list[str]) -> int:
     except MicrovmHostError as error:
         log.status(str(error))
         log.error(str(error), vm=name)
-        return PackageError.exit_code if isinstance(error, NameInvalid) else error.exit_code
+        # A name that was read, not typed, is wrong in a file.
+        return EXIT_CONFIG if isinstance(error, NameInvalid) else error.exit_code
     except OSError as error:
         log.error(f"{error.filename or argv[1]}: {error.strerror}", vm=name)
         return EXIT_FAILED
@@ -221,7 +220,3 @@ def main(argv: list[str]) -> int:
             log.error(line, vm=name)
         return EXIT_FAILED
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv))

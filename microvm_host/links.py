@@ -47,7 +47,7 @@ IFF_UP, IFF_ALLMULTI = 0x1, 0x200
 
 # linux/rtnetlink.h, linux/netlink.h, linux/if_link.h
 RTM_DELLINK, RTM_SETLINK = 17, 19
-NLM_F_REQUEST, NLM_F_ACK, NLMSG_ERROR = 1, 4, 2
+NLM_F_REQUEST, NLM_F_ACK = 1, 4
 IFLA_GROUP = 27
 
 NODE_APPEARS_WITHIN = 2.0  # seconds

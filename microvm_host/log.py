@@ -19,14 +19,14 @@ from _socket import AF_UNIX, SOCK_CLOEXEC, SOCK_DGRAM, socket
 from . import names
 from .paths import HostPaths
 
-ERR, WARNING, NOTICE, INFO, DEBUG = 3, 4, 5, 6, 7
+ERR, WARNING, NOTICE, INFO = 3, 4, 5, 6
 
 
 def write(priority: int, message: str, *, vm: str | None = None) -> None:
     """Log one line.
 
     Args:
-        priority: of syslog(3), ERR to DEBUG.
+        priority: of syslog(3), ERR to INFO.
         message: the line; line breaks in it are folded.
         vm: the VM that it is about, whose unit then shows it as well.
     """

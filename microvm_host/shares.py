@@ -190,10 +190,14 @@ def plan(
     if os.path.exists(script) and not any(share.options_given for share in shares):
         return [RunOwnScript(vm, script, state, tuple(sockets.values()), systemd)]
     virtiofsd = find_virtiofsd(host.virtiofsd_places())
-    return [
+    steps = [
         ServeShare(vm, share, sources[share.tag], sockets[share.tag], identity, virtiofsd, systemd)
         for share in shares
     ]
+    for step in steps:
+        # Raises what the program cannot do, before the first share is set up.
+        step.service_properties()
+    return [*steps]
 
 
 def socket_path(share: Share, state_directory: str, package: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
@@ -48,17 +48,3 @@ def vm(toolkit: Toolkit) -> Iterator[str]:
     yield name
     toolkit.remove(name)
     toolkit.await_footprint(before)
-
-
-@pytest.fixture
-def another_vm(toolkit: Toolkit) -> Iterator[Callable[[], str]]:
-    """Names for further VMs of a test."""
-    made: list[str] = []
-
-    def name() -> str:
-        made.append(f"vm{next(_numbers)}")
-        return made[-1]
-
-    yield name
-    for each in made:
-        toolkit.remove(each)

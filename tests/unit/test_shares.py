@@ -327,6 +327,21 @@ def test_a_writable_share_is_not_read_only(host: HostPaths, package: Path, root:
     assert "--readonly" not in service["ExecStartEx"][1][0][1]
 
 
+@pytest.mark.usefixtures("state")
+def test_what_virtiofsd_cannot_do_is_found_while_planning(
+    host: HostPaths, package: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shares, "find_virtiofsd", lambda _: LEGACY)
+    both = [
+        Share("a", str(root), "a.sock"),
+        Share("b", str(root), "b.sock", True, False, "metadata"),
+    ]
+    systemd = FakeSystemd()
+    with pytest.raises(MicrovmHostError, match="'b' wants cache=metadata"):
+        shares.plan("web", str(package), both, ALICE, host, systemd)
+    assert systemd.started == []
+
+
 @pytest.mark.usefixtures("state", "virtiofsd")
 def test_one_socket_for_two(host: HostPaths, package: Path, root: Path, state: str) -> None:
     both = [Share("a", str(root), "x.sock"), Share("b", str(root), f"{state}/x.sock")]
