@@ -5,8 +5,6 @@ Taps are made by the ioctls of /dev/net/tun (kernel.org, networking/tuntap) and 
 rtnetlink(7), both written out here, since pyroute2 takes a tenth of a second to import; macvtaps,
 which are rare and need more of netlink, use it. A link that somebody else made is never changed,
 but may be adopted if it is just what the VM needs, and then stays.
-
-`_socket` is what `socket` wraps; the wrapper's own imports take 7 ms of each start.
 """
 
 from __future__ import annotations
@@ -14,15 +12,17 @@ from __future__ import annotations
 import os
 import struct
 import time
-from _socket import AF_INET, AF_NETLINK, SOCK_CLOEXEC, SOCK_DGRAM, SOCK_RAW, socket
+from _socket import AF_NETLINK, SOCK_CLOEXEC, SOCK_RAW, socket
 from errno import EBUSY, ENODEV
 from fcntl import ioctl
 
 from . import log
 from .errors import MicrovmHostError
 from .frozen import frozen
+from .interfaces import IFF_ALLMULTI, IFF_UP, get_flags, interface_index, join_bridge, set_flags
 from .interpreter import add_distribution_packages
 from .record import holders
+from .sysfs import attribute
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -40,10 +40,6 @@ IFF_TAP, IFF_NO_PI, IFF_VNET_HDR, IFF_MULTI_QUEUE = 0x0002, 0x1000, 0x4000, 0x01
 # Refuses a name that is taken, where TUNSETIFF would change the owner of what has it.
 IFF_TUN_EXCL = 0x8000
 _COMPARED_FLAGS = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | IFF_MULTI_QUEUE
-
-# linux/sockios.h, linux/if.h
-SIOCGIFFLAGS, SIOCSIFFLAGS, SIOCGIFINDEX, SIOCBRADDIF = 0x8913, 0x8914, 0x8933, 0x89A2
-IFF_UP, IFF_ALLMULTI = 0x1, 0x200
 
 # linux/rtnetlink.h, linux/netlink.h, linux/if_link.h
 RTM_DELLINK, RTM_SETLINK = 17, 19
@@ -154,10 +150,10 @@ def _check_adoptable(vm: str, tap: Tap, identity: Identity, host: HostPaths) -> 
             f"tap {tap.name} is in use by microVM {others[0]}",
             hint="two VMs that run at once need taps of different names",
         )
-    flags = _attribute(device, "tun_flags")
+    flags = attribute(device, "tun_flags")
     if flags is None:
         raise MicrovmHostError(f"{tap.name} is no tap but {_kind(device)}", hint=remove)
-    owner, group = int(_attribute(device, "owner") or -1), int(_attribute(device, "group") or -1)
+    owner, group = int(attribute(device, "owner") or -1), int(attribute(device, "group") or -1)
     found, wanted = int(flags, 16) & _COMPARED_FLAGS, tap_flags(tap)
     if owner != identity.uid or group not in (-1, identity.gid):
         raise MicrovmHostError(
@@ -197,7 +193,7 @@ def undo_taps(record: Record, host: HostPaths) -> list[str]:
 
 def _is_still(name: str, index: list[str], host: HostPaths) -> bool:
     """Whether a recorded link is there and is the one that was recorded."""
-    found = _attribute(host.net_device(name), "ifindex")
+    found = attribute(host.net_device(name), "ifindex")
     if found is None:
         return False
     if [found] != index:
@@ -231,13 +227,13 @@ def delete(links: dict[str, int], host: HostPaths) -> list[str]:
     return [
         f"interface {name} could not be deleted"
         for name, index in links.items()
-        if _attribute(host.net_device(name), "ifindex") == str(index)
+        if attribute(host.net_device(name), "ifindex") == str(index)
     ]
 
 
 def _unused_group(host: HostPaths) -> int:
     device = host.net_device("")
-    taken = {_attribute(f"{device}{name}", "netdev_group") for name in os.listdir(device)}
+    taken = {attribute(f"{device}{name}", "netdev_group") for name in os.listdir(device)}
     # Above what people pick by hand; our pid keeps two helpers apart.
     group = 0x6D000000 + os.getpid() % 0x1000000
     while str(group) in taken:
@@ -367,7 +363,7 @@ def undo_macvtaps(record: Record, host: HostPaths) -> list[str]:
         device = host.net_device(name)
         if not os.path.isdir(device):
             continue
-        if _attribute(device, "address") == mac:
+        if attribute(device, "address") == mac:
             doomed[name] = interface_index(name)
         else:
             log.notice(f"{name} was made anew by somebody else and is left alone")
@@ -377,54 +373,15 @@ def undo_macvtaps(record: Record, host: HostPaths) -> list[str]:
     return problems
 
 
-def interface_index(name: str) -> int:
-    """The index of an interface; raises MicrovmHostError if there is none of that name."""
-    return int(struct.unpack("16si20x", _interface_ioctl(SIOCGIFINDEX, name))[1])
-
-
-def get_flags(name: str) -> int:
-    return int(struct.unpack("16sH22x", _interface_ioctl(SIOCGIFFLAGS, name))[1])
-
-
-def set_flags(name: str, flags: int, *, clear: int = 0) -> None:
-    """Set and clear flags of an interface, such as IFF_UP; raises MicrovmHostError."""
-    _interface_ioctl(SIOCSIFFLAGS, name, struct.pack("H", get_flags(name) & ~clear | flags))
-
-
-def join_bridge(bridge: str, name: str) -> None:
-    """Make an interface a port of a bridge; raises MicrovmHostError."""
-    _interface_ioctl(SIOCBRADDIF, bridge, struct.pack("i", interface_index(name)))
-
-
-def _interface_ioctl(request: int, name: str, argument: bytes = b"") -> bytes:
-    """One of the ioctls of netdevice(7), which take a struct ifreq of 40 bytes."""
-    connection = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC)
-    try:
-        return ioctl(connection.fileno(), request, struct.pack("16s24s", name.encode(), argument))
-    except OSError as error:
-        raise MicrovmHostError(f"interface {name}: {error.strerror}") from error
-    finally:
-        connection.close()
-
-
-def _attribute(device: str, name: str) -> str | None:
-    """An attribute of an interface in sysfs; None if it or the interface is not there."""
-    try:
-        with open(f"{device}/{name}", encoding="ascii") as source:
-            return source.read().strip()
-    except OSError:
-        return None
-
-
 def _kind(device: str) -> str:
     """What an interface is, for people: `a bridge`, `a wlan interface`, `an interface`."""
     if os.path.isdir(f"{device}/bridge"):
         return "a bridge"
-    if _attribute(device, "tun_flags") is not None:
+    if attribute(device, "tun_flags") is not None:
         return "a tap"
     if os.path.exists(f"{device}/device"):
         return "a network card"
-    uevent = _attribute(device, "uevent") or ""
+    uevent = attribute(device, "uevent") or ""
     for line in uevent.splitlines():
         if line.startswith("DEVTYPE="):
             return f"a {line.removeprefix('DEVTYPE=')} interface"

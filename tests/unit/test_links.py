@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from microvm_host import links, log
+from microvm_host import interfaces, links, log
 from microvm_host.errors import MicrovmHostError
 from microvm_host.identity import Identity
 from microvm_host.links import AdoptTap, CreateMacvtap, CreateTap
@@ -266,10 +266,10 @@ def test_group_of_somebody_else_is_not_used(host: HostPaths) -> None:
 def test_loopback() -> None:
     if not os.path.isdir(HostPaths().net_device("lo")):
         pytest.skip("this host has no interface lo")
-    assert links.interface_index("lo") == 1
-    links.get_flags("lo")
+    assert interfaces.interface_index("lo") == 1
+    interfaces.get_flags("lo")
 
 
 def test_interface_that_is_missing() -> None:
     with pytest.raises(MicrovmHostError, match="interface mvh-no-such: No such device"):
-        links.interface_index("mvh-no-such")
+        interfaces.interface_index("mvh-no-such")
