@@ -23,6 +23,8 @@ presetdir ?= $(libdir)/systemd/system-preset
 sysusersdir ?= $(libdir)/sysusers.d
 tmpfilesdir ?= $(libdir)/tmpfiles.d
 modulesloaddir ?= $(libdir)/modules-load.d
+# udev(7) reads this below /usr/local as well.
+udevrulesdir ?= $(libdir)/udev/rules.d
 
 # Not a setting: tmpfiles.d, the man pages and the Python code name it too.
 statedir = /var/lib/microvms
@@ -33,6 +35,7 @@ FILL = sed -e 's|@python@|$(PYTHON)|g' -e 's|@pkgdir@|$(pkgdir)|g' \
 
 UNITS = $(patsubst units/%.in,%,$(wildcard units/*.in))
 PLAIN_UNITS = $(notdir $(wildcard units/*.target))
+RULES = $(notdir $(wildcard udev/*.rules))
 PACKAGES = $(sort $(dir $(wildcard microvm_host/*.py microvm_host/*/*.py)))
 MANPAGES = $(notdir $(wildcard man/*.[1-8]))
 
@@ -42,7 +45,7 @@ all:
 
 install:
 	$(INSTALL) -d $(addprefix $(DESTDIR),$(bindir) $(unitdir) $(generatordir) $(presetdir) \
-		$(sysusersdir) $(tmpfilesdir) $(modulesloaddir) $(bashcompletiondir) \
+		$(sysusersdir) $(tmpfilesdir) $(modulesloaddir) $(udevrulesdir) $(bashcompletiondir) \
 		$(addprefix $(pkgdir)/,$(PACKAGES)) \
 		$(addprefix $(mandir)/man,$(sort $(subst .,,$(suffix $(MANPAGES))))))
 	for package in $(PACKAGES); do \
@@ -60,6 +63,8 @@ install:
 	$(INSTALL) -m 644 data/tmpfiles.conf $(DESTDIR)$(tmpfilesdir)/microvm-host.conf
 	$(INSTALL) -m 644 data/modules-load.conf $(DESTDIR)$(modulesloaddir)/microvm-host.conf
 	$(INSTALL) -m 644 data/preset $(DESTDIR)$(presetdir)/90-microvm-host.preset
+	for rules in $(RULES); do \
+		$(INSTALL) -m 644 udev/$$rules $(DESTDIR)$(udevrulesdir) || exit 1; done
 	for page in $(MANPAGES); do \
 		$(INSTALL) -m 644 man/$$page $(DESTDIR)$(mandir)/man$${page##*.} || exit 1; done
 	if [ -e completion/microvm.bash ]; then \
@@ -76,6 +81,11 @@ ifeq ($(DESTDIR),)
 		for module in $$(sed -n '/^[a-z]/p' data/modules-load.conf); do \
 			modprobe -q $$module || true; done; \
 	fi
+	# Nodes that are there already get their group now. Containers have no udev.
+	if [ -d /run/systemd/system ] && systemctl -q is-active systemd-udevd.service; then \
+		udevadm control --reload && udevadm trigger --settle --action=change \
+			--subsystem-match=misc --sysname-match='vhost-*' --sysname-match=iommu; \
+	fi
 endif
 
 # VMs, their state and their declarations stay, and so does the user who owns files of theirs.
@@ -89,6 +99,7 @@ endif
 	rm -rf $(DESTDIR)$(pkgdir)
 	rm -f $(DESTDIR)$(bindir)/microvm $(DESTDIR)$(generatordir)/microvm-generator \
 		$(addprefix $(DESTDIR)$(unitdir)/,$(UNITS) $(PLAIN_UNITS)) \
+		$(addprefix $(DESTDIR)$(udevrulesdir)/,$(RULES)) \
 		$(DESTDIR)$(sysusersdir)/microvm-host.conf $(DESTDIR)$(tmpfilesdir)/microvm-host.conf \
 		$(DESTDIR)$(modulesloaddir)/microvm-host.conf \
 		$(DESTDIR)$(presetdir)/90-microvm-host.preset $(DESTDIR)$(bashcompletiondir)/microvm
@@ -96,6 +107,7 @@ endif
 ifeq ($(DESTDIR),)
 	rmdir --ignore-fail-on-non-empty /run/microvm-host 2>/dev/null || true
 	if [ -d /run/systemd/system ]; then systemctl daemon-reload; fi
+	if [ -d /run/systemd/system ] && systemctl -q is-active systemd-udevd.service; then udevadm control --reload; fi
 endif
 
 # Test hosts need root; `sudo` keeps the environment's few settings that matter.

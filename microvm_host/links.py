@@ -16,7 +16,7 @@ from _socket import AF_NETLINK, SOCK_CLOEXEC, SOCK_RAW, socket
 from errno import EBUSY, ENODEV
 from fcntl import ioctl
 
-from . import log
+from . import log, nodes
 from .errors import MicrovmHostError
 from .frozen import frozen
 from .interfaces import IFF_ALLMULTI, IFF_UP, get_flags, interface_index, join_bridge, set_flags
@@ -298,9 +298,10 @@ class CreateMacvtap:
                 f"cannot create macvtap {macvtap.name} on {macvtap.link}: {os.strerror(code)}",
                 hint="modprobe macvtap, if the kernel lacks it",
             ) from error
+        # First, since udev is on its way to the node as well.
+        self._hand_over_node(record)
         self._leave_ipv6_to_the_guest()
         set_flags(macvtap.name, IFF_UP | IFF_ALLMULTI)
-        self._hand_over_node()
 
     def _leave_ipv6_to_the_guest(self) -> None:
         # Else the host would take a link-local address from the guest's own MAC address.
@@ -317,7 +318,7 @@ class CreateMacvtap:
                 path=setting,
             ) from error
 
-    def _hand_over_node(self) -> None:
+    def _hand_over_node(self, record: Record) -> None:
         node = self.host.macvtap_node(interface_index(self.macvtap.name))
         deadline = time.monotonic() + NODE_APPEARS_WITHIN
         while not os.path.exists(node):
@@ -328,9 +329,11 @@ class CreateMacvtap:
                     hint="a container's /dev is not the kernel's: macvtaps need a real host",
                 )
             time.sleep(0.01)
-        # In this order: once it is the user's, changing the mode takes one more capability.
-        os.chmod(node, 0o600)
-        os.chown(node, self.identity.uid, self.identity.gid)
+        nodes.hand_over(node, self.identity)
+        # Not before: were udev the first to make it the user's, we could not set its mode any more,
+        # which takes a capability that we do not have.
+        record.append("node", os.path.basename(node))
+        nodes.claim(os.path.basename(node), self.identity, self.host)
 
 
 def plan_macvtaps(macvtaps: Iterable[Macvtap], identity: Identity, host: HostPaths) -> list[Step]:
@@ -358,16 +361,20 @@ def plan_macvtaps(macvtaps: Iterable[Macvtap], identity: Identity, host: HostPat
 
 def undo_macvtaps(record: Record, host: HostPaths) -> list[str]:
     """Delete the macvtaps that a record says were made; returns and clears as undo_taps."""
+    problems = []
     doomed = {}
-    for _verb, name, mac in reversed(record.read()):
-        device = host.net_device(name)
-        if not os.path.isdir(device):
-            continue
-        if attribute(device, "address") == mac:
-            doomed[name] = interface_index(name)
-        else:
-            log.notice(f"{name} was made anew by somebody else and is left alone")
-    problems = delete(doomed, host)
+    for verb, name, *mac in reversed(record.read()):
+        try:
+            if verb == "node":
+                nodes.release(name, host)
+            elif os.path.isdir(device := host.net_device(name)):
+                if [attribute(device, "address")] == mac:
+                    doomed[name] = interface_index(name)
+                else:
+                    log.notice(f"{name} was made anew by somebody else and is left alone")
+        except MicrovmHostError as error:
+            problems.append(str(error))
+    problems += delete(doomed, host)
     if not problems:
         record.clear()
     return problems

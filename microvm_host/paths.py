@@ -75,6 +75,10 @@ class HostPaths:
     def record(self, name: str, what: str) -> str:
         return f"{self.records}/{name}/{what}"
 
+    def node_owner(self, kernel_name: str) -> str:
+        """Tells udev whose a device node is; no VM's name begins with a dot."""
+        return f"{self.records}/.nodes/{kernel_name}"
+
     def net_device(self, interface: str) -> str:
         """The sysfs directory of a network interface (sysfs-class-net(5))."""
         return self.at(f"/sys/class/net/{interface}")
@@ -84,6 +88,67 @@ class HostPaths:
 
     def macvtap_node(self, ifindex: int) -> str:
         return self.at(f"/dev/tap{ifindex}")
+
+    def vfio_group_node(self, group: str) -> str:
+        """The node of an IOMMU group with devices on vfio-pci (kernel.org, driver-api/vfio)."""
+        return self.at(f"/dev/vfio/{group}")
+
+    def vfio_device_node(self, name: str) -> str:
+        """The node of a device on vfio-pci, `vfio0`, where the kernel makes these as well."""
+        return self.at(f"/dev/vfio/devices/{name}")
+
+    def uevent(self, subsystem: str, kernel_name: str) -> str:
+        """Has the kernel send the event written here (kernel.org, ABI/testing/sysfs-uevent)."""
+        return self.at(f"/sys/class/{subsystem}/{kernel_name}/uevent")
+
+    def pci_device(self, address: str) -> str:
+        """The sysfs directory of a PCI device (kernel.org, ABI/testing/sysfs-bus-pci)."""
+        return self.at(f"/sys/bus/pci/devices/{address}")
+
+    def pci_driver(self, driver: str) -> str:
+        return self.at(f"/sys/bus/pci/drivers/{driver}")
+
+    @property
+    def pci_probe(self) -> str:
+        """Has the kernel look for a driver for the device whose address is written here."""
+        return self.at("/sys/bus/pci/drivers_probe")
+
+    @property
+    def iommu_groups(self) -> str:
+        """Holds one directory a group of PCI devices that the IOMMU cannot tell apart."""
+        return self.at("/sys/kernel/iommu_groups")
+
+    @property
+    def acpi_tables(self) -> str:
+        return self.at("/sys/firmware/acpi/tables")
+
+    @property
+    def kernel_command_line(self) -> str:
+        return self.at("/proc/cmdline")
+
+    def block_device(self, name: str) -> str:
+        """The sysfs directory of a disk or partition."""
+        return self.at(f"/sys/class/block/{name}")
+
+    def block_node(self, name: str) -> str:
+        # sysfs writes `!` for the `/` of names such as cciss/c0d0.
+        return self.at(f"/dev/{name.replace('!', '/')}")
+
+    @property
+    def mounts(self) -> str:
+        return self.at("/proc/self/mountinfo")
+
+    @property
+    def swaps(self) -> str:
+        return self.at("/proc/swaps")
+
+    @property
+    def ipv4_routes(self) -> str:
+        return self.at("/proc/net/route")
+
+    @property
+    def ipv6_routes(self) -> str:
+        return self.at("/proc/net/ipv6_route")
 
     @property
     def tun(self) -> str:

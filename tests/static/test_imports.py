@@ -24,8 +24,8 @@ PACKAGE = REPOSITORY / "microvm_host"
 LAYERS: tuple[set[str], ...] = (
     {"errors", "frozen", "vsock"},
     {"names", "paths", "identity", "interpreter", "process", "record", "source", "state", "sysfs"},
-    {"interfaces", "log", "runner", "declaration"},
-    {"plan", "systemd"},
+    {"declaration", "interfaces", "log", "runner"},
+    {"nodes", "plan", "systemd"},
     # What changes the host; these do not know of each other.
     {"links", "shares", "hypervisor"},
     {"install", "listing"},
@@ -199,8 +199,9 @@ ALWAYS = ours("errors", "frozen", "helper", "log", "names", "paths", "record") |
     *("os", "os.path", "posixpath", "genericpath", "stat", "_stat", "_collections_abc", "abc"),
 }
 READS = ours("runner")
-LINKS = ours("identity", "interfaces", "interpreter", "links", "plan", "runner", "sysfs") | {
-    *("_struct", "fcntl", "struct", "time")
+LINKS = ours("identity", "interfaces", "interpreter", "links", "nodes", "plan", "runner") | {
+    *ours("sysfs"),
+    *("_struct", "fcntl", "struct", "time"),
 }
 # `site` is what knows where the distribution's packages are; the rest stands for pystemd.
 SYSTEMD = ours("identity", "interpreter", "process", "systemd") | {

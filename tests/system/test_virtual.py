@@ -8,6 +8,7 @@ microVMs in it run with KVM.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,14 @@ from tests.guest.package import Guest, Macvtap, Share, Stub, Tap
 from tests.host.fixtures import require_virtual
 from tests.host.virtual import VirtualHost
 
-from .toolkit import IMAGE, Toolkit
+from .toolkit import IMAGE, SOURCES, Toolkit
 
 pytestmark = pytest.mark.virtual
 
 # The card that the host has for it (tests/host/virtual.py).
 SPARE = "spare0"
+# Where udev reads rules that last until the next boot.
+VOLATILE_RULES = "/run/udev/rules.d"
 
 
 @pytest.fixture(scope="module")
@@ -123,9 +126,8 @@ def test_a_drop_in_makes_the_macvtaps_node_alices(machine: Toolkit) -> None:
     before = machine.footprint()
     machine.systemctl("start", "microvm@hers", timeout=120)
     index = machine.host.read("/sys/class/net/hers0/ifindex").strip()
-    # As good as any later event of udev's: it must not take the node back.
-    machine.sh("udevadm trigger --action=change /sys/class/net/hers0; udevadm settle")
-    assert machine.sh(f"stat -c '%U:%G %a' /dev/tap{index}").strip() == "alice:alice 600"
+    assert owners(machine, f"/dev/tap{index}") == ["alice:alice 600"]
+    check_that_udev_keeps(machine, f"/sys/class/macvtap/tap{index}", f"/dev/tap{index}")
     opened = machine.host.run(
         ["python3", "-c", f"open('/dev/tap{index}', 'r+b', 0); print('opened')"],
         user="alice",
@@ -135,6 +137,85 @@ def test_a_drop_in_makes_the_macvtaps_node_alices(machine: Toolkit) -> None:
     machine.systemctl("stop", "microvm@hers", timeout=120)
     machine.await_footprint(before, timeout=60)
     machine.remove("hers")
+
+
+def owners(machine: Toolkit, *nodes: str) -> list[str]:
+    """The `owner:group mode` of each node."""
+    return machine.sh(f"stat -c '%U:%G %a' {' '.join(nodes)}").splitlines()
+
+
+@contextmanager
+def rules_of_others(machine: Toolkit, name: str, text: str) -> Iterator[None]:
+    """Have udev read a further rules file, or one in the place of one that it has."""
+    machine.host.write(f"{VOLATILE_RULES}/{name}", text)
+    machine.sh("udevadm control --reload")
+    try:
+        yield
+    finally:
+        machine.sh(f"rm {VOLATILE_RULES}/{name}; udevadm control --reload")
+
+
+def check_that_udev_keeps(machine: Toolkit, device: str, node: str) -> None:
+    """Check that no event, in whatever company, changes a node, and that each mends it."""
+    found = owners(machine, node)
+    # As it is passed around for setting up passthrough.
+    rule = 'SUBSYSTEM=="macvtap|vfio|vfio-dev", OWNER="root", GROUP="kvm", MODE="0666"\n'
+    for name in ("10-of-others.rules", "99-of-others.rules"):
+        with rules_of_others(machine, name, rule):
+            # The second one as if the kernel had made the node anew.
+            seen = machine.sh(
+                f"udevadm trigger --settle --action=change {device}; stat -c '%U:%G %a' {node}; "
+                f"chown root:root {node}; chmod 644 {node}; "
+                f"udevadm trigger --settle --action=add {device}; stat -c '%U:%G %a' {node}"
+            )
+            assert seen.splitlines() == found * 2, name
+
+
+def test_udev_gives_the_macvtaps_node_to_the_vm(machine: Toolkit) -> None:
+    machine.create(
+        Stub(
+            name="its",
+            macvtaps=(Macvtap(name="its0", mac="02:00:00:00:05:01", link=SPARE, mode="private"),),
+        )
+    )
+    before = machine.footprint()
+    machine.systemctl("start", "microvm@its", timeout=120)
+    index = machine.host.read("/sys/class/net/its0/ifindex").strip()
+    node, device = f"/dev/tap{index}", f"/sys/class/macvtap/tap{index}"
+    assert owners(machine, node) == ["microvm:kvm 600"]
+    check_that_udev_keeps(machine, device, node)
+    uid = machine.sh("id -u microvm").strip()
+    told = machine.sh(f"udevadm test {device} 2>&1")
+    ours = [line for line in told.splitlines() if "49-microvm-host.rules" in line]
+    assert any(f"OWNER {uid}" in line for line in ours), told
+    assert f"MICROVM_NODE_USER={uid}" in told
+
+    machine.systemctl("stop", "microvm@its", timeout=120)
+    machine.await_footprint(before, timeout=60)
+    machine.remove("its")
+
+
+def test_udev_understands_the_rules(machine: Toolkit) -> None:
+    told = machine.sh("udevadm verify /usr/local/lib/udev/rules.d/49-microvm-host.rules 2>&1")
+    assert "Success: 1" in told, told
+
+
+def test_udev_gives_the_shared_nodes_to_hypervisors(machine: Toolkit) -> None:
+    nodes = ("/dev/vhost-net", "/dev/vhost-vsock")
+    assert owners(machine, *nodes) == ["root:kvm 660"] * 2
+    with rules_of_others(machine, "50-udev-default.rules", ""):
+        # A distribution that has nothing to say of these.
+        machine.sh(f"chown root:root {' '.join(nodes)} && chmod 600 {' '.join(nodes)}")
+        # Which has udev look at nodes that are there.
+        machine.sh(f"make -C {SOURCES} install", timeout=120)
+        assert owners(machine, *nodes) == ["root:kvm 660"] * 2
+    look = "udevadm trigger --settle --action=change --subsystem-match=misc"
+    with rules_of_others(machine, "50-udev-default.rules", 'KERNEL=="vhost-*", MODE="0666"\n'):
+        machine.sh(look)
+        assert owners(machine, *nodes) == ["root:kvm 666"] * 2
+    machine.sh(look)
+    assert owners(machine, *nodes) == ["root:kvm 660"] * 2
+    assert owners(machine, "/dev/vfio/vfio", "/dev/kvm") == ["root:root 666", "root:kvm 660"]
 
 
 def test_a_macvtap_that_cannot_be_made_is_refused(machine: Toolkit) -> None:

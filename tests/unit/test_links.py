@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from microvm_host import interfaces, links, log
+from microvm_host import interfaces, links, log, nodes
 from microvm_host.errors import MicrovmHostError
 from microvm_host.identity import Identity
 from microvm_host.links import AdoptTap, CreateMacvtap, CreateTap
@@ -181,6 +181,49 @@ def test_macvtap_of_a_name_that_is_taken(host: HostPaths) -> None:
         links.plan_macvtaps([MACVTAP], NOBODY, host)
 
 
+def test_macvtaps_node_is_handed_over_and_then_claimed(
+    host: HostPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = Path(host.macvtap_node(7))
+    node.parent.mkdir()
+    node.write_text("")
+    record = Record(host.record("web", "macvtap-interfaces"))
+    seen: list[tuple[str, Identity, bool, list[list[str]]]] = []
+    monkeypatch.setattr(links, "interface_index", lambda name: {"m0": 7}[name])
+    monkeypatch.setattr(
+        nodes,
+        "hand_over",
+        lambda path, identity: seen.append(
+            (path, identity, os.path.exists(host.node_owner("tap7")), record.read())
+        ),
+    )
+    CreateMacvtap(MACVTAP, NOBODY, host)._hand_over_node(record)
+    assert seen == [(str(node), NOBODY, False, [])]
+    assert record.read() == [["node", "tap7"]]
+    assert "=65534\n" in Path(host.node_owner("tap7")).read_text()
+
+    assert links.undo_macvtaps(record, host) == []
+    assert os.listdir(host.records) == []
+
+
+def test_claim_that_fails_is_written_down_before(
+    host: HostPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path(host.macvtap_node(7)).parent.mkdir()
+    Path(host.macvtap_node(7)).write_text("")
+    record = Record(host.record("web", "macvtap-interfaces"))
+    monkeypatch.setattr(links, "interface_index", lambda _: 7)
+    monkeypatch.setattr(nodes, "hand_over", lambda *_: None)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(nodes, "claim", killed)
+    with pytest.raises(KeyboardInterrupt):
+        CreateMacvtap(MACVTAP, NOBODY, host)._hand_over_node(record)
+    assert record.read() == [["node", "tap7"]]
+
+
 # ---- undoing: what has gone, and what is another's by now
 
 
@@ -190,6 +233,7 @@ def test_undo_of_what_never_happened(host: HostPaths, said: list[str]) -> None:
         (links.undo_taps, "tap-interfaces", ("adopted", "mvh-no-such", "7")),
         (links.undo_taps, "tap-interfaces", ("raised", "mvh-no-such")),
         (links.undo_macvtaps, "macvtap-interfaces", ("macvtap", "mvh-no-such", MACVTAP.mac)),
+        (links.undo_macvtaps, "macvtap-interfaces", ("node", "tap7")),
     ):
         record = Record(host.record("web", what))
         record.append(*fields)
@@ -212,6 +256,41 @@ def test_undo_leaves_what_somebody_else_made(host: HostPaths, said: list[str]) -
         f"{name} was made anew by somebody else and is left alone"
         for name in ("mvh-no-such", "mvh-no-mac")
     ]
+
+
+def test_node_of_a_macvtap_that_has_gone_is_released(host: HostPaths) -> None:
+    record = Record(host.record("web", "macvtap-interfaces"))
+    for number, name in ((7, "mvh-no-such"), (8, "mvh-neither")):
+        record.append("macvtap", name, MACVTAP.mac)
+        record.append("node", f"tap{number}")
+        nodes.claim(f"tap{number}", NOBODY, host)
+    nodes.claim("tap9", NOBODY, host)
+    assert links.undo_macvtaps(record, host) == []
+    assert record.read() == []
+    # That of another VM.
+    assert os.listdir(os.path.dirname(host.node_owner("tap9"))) == ["tap9"]
+
+
+def test_node_that_cannot_be_released_keeps_nothing_else(
+    host: HostPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deleted: list[str] = []
+
+    def delete(doomed: dict[str, int], _: HostPaths) -> list[str]:
+        deleted.extend(doomed)
+        return []
+
+    monkeypatch.setattr(links, "interface_index", lambda _: 7)
+    monkeypatch.setattr(links, "delete", delete)
+    interface(host, "m0", address=MACVTAP.mac)
+    os.makedirs(host.node_owner("tap7"))
+    record = Record(host.record("web", "macvtap-interfaces"))
+    record.append("macvtap", "m0", MACVTAP.mac)
+    record.append("node", "tap7")
+    (problem,) = links.undo_macvtaps(record, host)
+    assert "cannot be released" in problem
+    assert deleted == ["m0"]
+    assert len(record.read()) == 2
 
 
 def test_undo_names_what_stays(
