@@ -107,7 +107,8 @@ endif
 ifeq ($(DESTDIR),)
 	rmdir --ignore-fail-on-non-empty /run/microvm-host 2>/dev/null || true
 	if [ -d /run/systemd/system ]; then systemctl daemon-reload; fi
-	if [ -d /run/systemd/system ] && systemctl -q is-active systemd-udevd.service; then udevadm control --reload; fi
+	if [ -d /run/systemd/system ] && systemctl -q is-active systemd-udevd.service; then \
+		udevadm control --reload; fi
 endif
 
 # Test hosts need root; `sudo` keeps the environment's few settings that matter.

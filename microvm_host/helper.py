@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # As long as a systemd in the guest gives each of its own services (DefaultTimeoutStopSec=).
 SHUTDOWN_SECONDS = 90.0
+HOLDER_GIVES_BACK_WITHIN = 30.0  # seconds
 
 
 def set_booted(name: str, host: HostPaths) -> None:
@@ -82,6 +83,68 @@ def macvtaps_down(name: str, host: HostPaths) -> None:
 
     record = Record(host.record(name, "macvtap-interfaces"))
     plan.take_back(record, lambda done: links.undo_macvtaps(done, host))
+
+
+def pci_up(name: str, host: HostPaths) -> None:
+    from . import pci, plan, runner
+
+    addresses = runner.load_pci_devices(host.booted(name))
+    identity = _identity(name, host)
+    record = Record(host.record(name, pci.WHAT))
+    for last_time in (False, True):
+        try:
+            with pci.Exclusive(host):
+                steps = pci.plan(
+                    name, addresses, identity, host, lambda: _allowed_devices(name, host)
+                )
+                plan.carry_out(steps, record, lambda done: pci.undo(done, host))
+            break
+        except pci.InUse as error:
+            if last_time or not _comes_free(error.holder, host):
+                raise
+    log.status(f"on vfio-pci: {', '.join(addresses)}")
+
+
+def pci_down(name: str, host: HostPaths) -> None:
+    from . import pci, plan
+
+    record = Record(host.record(name, pci.WHAT))
+    if not record.read():
+        return
+    with pci.Exclusive(host):
+        plan.take_back(record, lambda done: pci.undo(done, host))
+
+
+def _allowed_devices(name: str, host: HostPaths) -> tuple[str, ...]:
+    """The devices that the administrator gives to a VM though the host lives on them."""
+    if not os.path.exists(host.declaration(name)):
+        return ()
+    # Not before, since reading TOML takes longer than all else: devices in use are rare.
+    from . import declaration
+
+    return declaration.load(host.declaration(name)).allow_host_devices
+
+
+def _comes_free(holder: str, host: HostPaths) -> bool:
+    """Wait for a VM that has stopped to give its devices back; False for one that runs.
+
+    systemd calls a VM stopped when its hypervisor has ended, a moment before its devices are back.
+    """
+    import time
+
+    from . import pci, systemd
+
+    vm, unit = names.unit(holder), f"microvm-pci-devices@{holder}.service"
+    deadline = time.monotonic() + HOLDER_GIVES_BACK_WITHIN
+    while Record(host.record(holder, pci.WHAT)).read():
+        found = systemd.states(vm, unit)
+        runs = found.get(vm, "inactive") not in ("inactive", "failed")
+        gives_back = found.get(unit, "inactive") in ("active", "deactivating")
+        if runs or not gives_back or time.monotonic() > deadline:
+            return False
+        log.status(f"waiting for microVM {holder} to give its PCI devices back")
+        time.sleep(0.1)
+    return True
 
 
 def shares_up(name: str, host: HostPaths) -> None:
@@ -183,6 +246,8 @@ VERBS: dict[str, Callable[[str, HostPaths], None]] = {
     "tap-interfaces-down": taps_down,
     "macvtap-interfaces-up": macvtaps_up,
     "macvtap-interfaces-down": macvtaps_down,
+    "pci-devices-up": pci_up,
+    "pci-devices-down": pci_down,
     "virtiofsd-up": shares_up,
     "virtiofsd-down": shares_down,
     "start": start,

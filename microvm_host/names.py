@@ -151,6 +151,7 @@ SET_UP_UNITS = (
     "microvm-set-booted",
     "microvm-tap-interfaces",
     "microvm-macvtap-interfaces",
+    "microvm-pci-devices",
     "microvm-virtiofsd",
 )
 

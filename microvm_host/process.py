@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Runs a program and takes its output, for the helpers.
+"""Runs a program and takes its output, and calls what may never return, for the helpers.
 
 `subprocess` costs more to import (11 ms) than most programs that they call take to run.
 """
@@ -9,6 +9,10 @@ from __future__ import annotations
 import os
 
 from .errors import MicrovmHostError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def output(argv: list[str]) -> str:
@@ -40,3 +44,52 @@ def output(argv: list[str]) -> str:
     if code:
         raise MicrovmHostError(f"`{' '.join(argv)}` failed with {code}")
     return b"".join(chunks).decode(errors="replace")
+
+
+def call_apart(
+    call: Callable[[], object], patience: float, wait: Callable[[float], object]
+) -> None:
+    """Call something that may hang in the kernel in a process of its own, and wait for its end.
+
+    Args:
+        call: does its work by effects on the kernel alone; what it returns is lost.
+        patience: seconds to wait. A process that takes longer is killed, which it notices only
+            when the kernel lets it.
+        wait: called about each second, with the seconds that have passed.
+
+    Raises:
+        OSError: as `call` raised it; ETIMEDOUT, if it took longer; ECHILD, if it raised anything
+            else or was killed.
+    """
+    import select
+    import time
+    from _signal import SIGKILL
+    from errno import ECHILD, ETIMEDOUT
+
+    child = os.fork()
+    if not child:
+        code = ECHILD
+        try:
+            call()
+            code = 0
+        except OSError as error:
+            code = error.errno or ECHILD
+        finally:
+            # Whatever it was: nothing of the parent's is to run in here.
+            os._exit(code)
+    began = time.monotonic()
+    ended = os.pidfd_open(child)
+    try:
+        poll = select.poll()
+        poll.register(ended, select.POLLIN)
+        while not poll.poll(min(1.0, patience) * 1000):
+            wait(time.monotonic() - began)
+            if time.monotonic() - began > patience:
+                os.kill(child, SIGKILL)
+                raise OSError(ETIMEDOUT, os.strerror(ETIMEDOUT))
+    finally:
+        os.close(ended)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code:
+        code = code if code > 0 else ECHILD
+        raise OSError(code, os.strerror(code))

@@ -126,7 +126,7 @@ def load(path: str) -> Package:
         taps=taps,
         macvtaps=macvtaps,
         shares=reader.shares(),
-        pci_devices=reader.names_in(f"{SHARE}/pci-devices", names.pci_address),
+        pci_devices=reader.pci_devices(),
         usb_devices=reader.text(f"{SHARE}/usb-devices"),
         has_shutdown=reader.is_program(MICROVM_SHUTDOWN),
         has_virtiofsd_run=reader.is_program(VIRTIOFSD_RUN),
@@ -147,6 +147,11 @@ def load_taps(path: str) -> tuple[Tap, ...]:
 def load_macvtaps(path: str) -> tuple[Macvtap, ...]:
     """Read just the macvtaps of the package at `path`; raises PackageError."""
     return _Reader(path).macvtaps()
+
+
+def load_pci_devices(path: str) -> tuple[str, ...]:
+    """Read just the PCI addresses of the package at `path`; raises PackageError."""
+    return _Reader(path).pci_devices()
 
 
 def load_shares(path: str) -> tuple[Share, ...]:
@@ -403,6 +408,9 @@ class _Reader:
                 raise PackageError(problem, path=self.at(file), line=line)
             found[name] = macvtap
         return tuple(found.values())
+
+    def pci_devices(self) -> tuple[str, ...]:
+        return self.names_in(f"{SHARE}/pci-devices", names.pci_address)
 
     def shares(self) -> tuple[Share, ...]:
         shares: list[Share] = []

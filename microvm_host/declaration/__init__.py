@@ -22,8 +22,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
 
-_KEYS = {"runner": str, "flake": str, "autostart": bool, "restart_if_changed": bool}
-_TYPE_WORDS = {str: "a string", bool: "true or false"}
+_KEYS = {
+    "runner": str,
+    "flake": str,
+    "autostart": bool,
+    "restart_if_changed": bool,
+    "allow_host_devices": list,
+}
+_TYPE_WORDS = {str: "a string", bool: "true or false", list: "a list"}
 
 
 @frozen
@@ -34,6 +40,8 @@ class Declaration:
     source: Source
     autostart: bool = True
     restart_if_changed: bool = True
+    # PCI devices that the VM may have though the host uses them, by their full addresses.
+    allow_host_devices: tuple[str, ...] = ()
 
 
 def name_of(path: str) -> str:
@@ -96,6 +104,7 @@ def load(path: str) -> Declaration:
         source=_source(table, text, path),
         autostart=table.get("autostart", True),
         restart_if_changed=table.get("restart_if_changed", True),
+        allow_host_devices=_addresses("allow_host_devices", table, text, path),
     )
 
 
@@ -138,6 +147,30 @@ def _source(table: dict[str, Any], text: str, path: str) -> Source:
         raise DeclarationError(
             error.message, path=path, line=_line_of(given[0], text), hint=error.hint
         ) from error
+
+
+def _addresses(key: str, table: dict[str, Any], text: str, path: str) -> tuple[str, ...]:
+    """A list of PCI addresses, in full: what is allowed is not to be guessed by a glob."""
+    found = []
+    for value in table.get(key, []):
+        line = _line_of(key, text)
+        if not isinstance(value, str):
+            raise DeclarationError(
+                f"{key} has {value!r}, which is not a string", path=path, line=line
+            )
+        try:
+            address = names.pci_address(value)
+        except NameInvalid as error:
+            raise DeclarationError(error.message, path=path, line=line, hint=error.hint) from error
+        if "*" in address:
+            raise DeclarationError(
+                f"{key} has {value!r}, which may stand for several devices",
+                path=path,
+                line=line,
+                hint="name each by its address",
+            )
+        found.append(address)
+    return tuple(found)
 
 
 def _line_of(key: str, text: str) -> int | None:

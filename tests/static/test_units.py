@@ -14,6 +14,7 @@ REPOSITORY = Path(__file__).parents[2]
 UNITS = sorted((REPOSITORY / "units").iterdir())
 SET_UP = [
     "microvm-macvtap-interfaces@.service.in",
+    "microvm-pci-devices@.service.in",
     "microvm-set-booted@.service.in",
     "microvm-tap-interfaces@.service.in",
     "microvm-virtiofsd@.service.in",

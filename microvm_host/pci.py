@@ -1,0 +1,550 @@
+# SPDX-License-Identifier: MIT
+"""PCI devices of a VM: taken from their drivers for vfio-pci, and given back.
+
+Everything is checked before anything is touched: that each device is there and is one, that the
+host does not live on it, that no other VM has it, that its driver can be made to let go, and that
+the rest of its IOMMU group keeps still, since VFIO hands out whole groups (kernel.org,
+driver-api/vfio). What a device was before stands in the record, from which it becomes that again.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from errno import EBUSY, ETIMEDOUT
+from fcntl import LOCK_EX, flock
+
+from . import hostuse, log, nodes, pcibus, process
+from .errors import MicrovmHostError
+from .frozen import frozen
+from .interfaces import IFF_UP, get_flags, rename, set_flags
+from .pcibus import VFIO_PCI, Device
+from .record import Record, holders
+from .sysfs import attribute, linked
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Sequence
+
+    from .identity import Identity
+    from .paths import HostPaths
+    from .plan import Step
+
+WHAT = "pci-devices"
+
+# A driver may wait for whoever uses its device before it lets go, without an end of its own.
+LETS_GO_WITHIN = 30.0  # seconds
+NODE_APPEARS_WITHIN = 5.0  # seconds
+# udev gives an interface its name a little after the driver has made it.
+INTERFACE_APPEARS_WITHIN = 10.0  # seconds
+
+_ASK_THE_KERNEL = "`journalctl -k` may have the kernel's reason"
+
+
+class InUse(MicrovmHostError):
+    """A device that another VM has: `holder`."""
+
+    def __init__(self, message: str, holder: str) -> None:
+        super().__init__(
+            message, hint=f"stop that one first: systemctl stop microvm@{holder}.service"
+        )
+        self.holder = holder
+
+
+class Exclusive:
+    """Keeps other helpers from PCI devices while this one looks at them and changes them.
+
+    Two VMs that ask for one device must not both find it free.
+    """
+
+    def __init__(self, host: HostPaths) -> None:
+        self._directory = host.records
+
+    def __enter__(self) -> None:
+        os.makedirs(self._directory, mode=0o755, exist_ok=True)
+        # The directory itself, so that no lock file is left.
+        self._lock = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        flock(self._lock, LOCK_EX)
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._lock)
+
+
+# ---- checking
+
+
+def problems(
+    vm: str,
+    addresses: Iterable[str],
+    host: HostPaths,
+    allowed: Callable[[], Collection[str]] = frozenset,
+) -> list[MicrovmHostError]:
+    """All that stands against giving a VM these devices; nothing is changed.
+
+    Args:
+        addresses: checked addresses or globs, as the package has them.
+        allowed: gives the addresses that the VM may have though the host uses them; asked only
+            if there is one.
+    """
+    found: list[MicrovmHostError] = []
+    if not pcibus.has_iommu(host):
+        return [pcibus.no_iommu(host)]
+    devices: list[Device] = []
+    for address in addresses:
+        try:
+            devices.append(_one(address, host))
+        except MicrovmHostError as error:
+            found.append(error)
+    mine = set[str]()
+    for device in devices:
+        if device.address in mine:
+            found.append(
+                MicrovmHostError(
+                    f"{device.address} is asked for twice", hint="a glob stands for it too, perhaps"
+                )
+            )
+        mine.add(device.address)
+        found += _problems_of(device, vm, host, allowed)
+    told = set[str]()
+    for group in _groups(devices):
+        for mate in pcibus.group_mates(group, host):
+            if mate.address not in mine | told:
+                told.add(mate.address)
+                found += _problems_of_mate(mate, group, vm, host)
+    return found
+
+
+def _one(pattern: str, host: HostPaths) -> Device:
+    """The one device that an address or a glob stands for."""
+    matches = pcibus.find(pattern, host)
+    if len(matches) > 1:
+        raise MicrovmHostError(
+            f"{pattern} stands for {len(matches)} PCI devices: {', '.join(matches)}",
+            hint="give one of these",
+        )
+    device = pcibus.device(matches[0], host) if matches else None
+    if device is None:
+        raise MicrovmHostError(
+            f"there is no PCI device {pattern}",
+            path=host.pci_device(pattern),
+            hint="`microvm pci` lists the devices of this host",
+        )
+    return device
+
+
+def _problems_of(
+    device: Device, vm: str, host: HostPaths, allowed: Callable[[], Collection[str]]
+) -> list[MicrovmHostError]:
+    found: list[MicrovmHostError] = []
+    address = device.address
+    if device.is_bridge:
+        return [
+            MicrovmHostError(
+                f"{address} is a bridge, which no VM can have",
+                hint="pass through the devices behind it",
+            )
+        ]
+    if device.group is None:
+        return [
+            MicrovmHostError(
+                f"{address} is in no IOMMU group: the IOMMU does not translate for it",
+                path=device.directory,
+            )
+        ]
+    holder = _holder(address, vm, host)
+    if holder is not None:
+        return [InUse(f"{address} is in use by microVM {holder}", holder)]
+    if device.is_for_vms:
+        if _is_open(device.group, host):
+            found.append(
+                MicrovmHostError(
+                    f"{address} is in use by a program that is none of ours",
+                    path=host.vfio_group_node(device.group),
+                    hint=f"fuser -v {host.vfio_group_node(device.group)}",
+                )
+            )
+        return found
+    reasons = hostuse.reasons(device, host)
+    if reasons and address not in allowed():
+        found.append(
+            MicrovmHostError(
+                f"{address} is not given away, since this host lives on it: {'; '.join(reasons)}",
+                hint=f'allow_host_devices = ["{address}"] in {host.declaration(vm)} allows it '
+                "all the same",
+            )
+        )
+    if device.driver is not None and not os.path.exists(f"{host.pci_driver(device.driver)}/unbind"):
+        found.append(
+            MicrovmHostError(
+                f"{address} is held by driver {device.driver}, which never lets go of a device",
+                path=host.pci_driver(device.driver),
+                hint=f"keep the driver from it: vfio-pci.ids={device.vendor_id:04x}:"
+                f"{device.device_id:04x} on the kernel's command line",
+            )
+        )
+    return found
+
+
+def _problems_of_mate(mate: Device, group: str, vm: str, host: HostPaths) -> list[MicrovmHostError]:
+    holder = _holder(mate.address, vm, host)
+    if holder is not None:
+        return [
+            InUse(
+                f"IOMMU group {group} cannot be taken: {mate.address} in it is in use by microVM "
+                f"{holder}",
+                holder,
+            )
+        ]
+    if mate.keeps_group_free:
+        return []
+    return [
+        MicrovmHostError(
+            f"IOMMU group {group} cannot be taken: {mate.address} in it is in use by the host's "
+            f"driver {mate.driver}",
+            path=f"{host.iommu_groups}/{group}/devices",
+            hint="a group goes to one VM as a whole: pass that one through as well, or put the "
+            "card into another slot",
+        )
+    ]
+
+
+def _holder(address: str, vm: str, host: HostPaths) -> str | None:
+    """Another VM that has a device."""
+    others = (each for each in holders(host.records, WHAT, ("device", address)) if each != vm)
+    return next(others, None)
+
+
+def _is_open(group: str, host: HostPaths) -> bool:
+    """Whether somebody uses an IOMMU group: the kernel lets one at a time open its node."""
+    try:
+        os.close(os.open(host.vfio_group_node(group), os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        return error.errno == EBUSY
+    return False
+
+
+def _groups(devices: Iterable[Device]) -> list[str]:
+    """The IOMMU groups of devices, each once, in their order."""
+    return list(dict.fromkeys(each.group for each in devices if each.group is not None))
+
+
+# ---- planning
+
+
+def plan(
+    vm: str,
+    addresses: Sequence[str],
+    identity: Identity,
+    host: HostPaths,
+    allowed: Callable[[], Collection[str]] = frozenset,
+) -> list[Step]:
+    """What gives a VM its devices, checked.
+
+    Args:
+        identity: whose the devices' nodes become.
+
+    Raises:
+        MicrovmHostError: something stands against it. If it is more than one thing, the others
+            are logged; InUse is raised if nothing but another VM does.
+    """
+    if not addresses:
+        return []
+    found = problems(vm, addresses, host, allowed)
+    if found:
+        # What waiting for another VM would not mend comes first.
+        found.sort(key=lambda error: isinstance(error, InUse))
+        for other in found[1:]:
+            log.error(str(other), vm=vm)
+        raise found[0]
+    devices = [_one(address, host) for address in addresses]
+    steps: list[Step] = []
+    if not os.path.isdir(host.pci_driver(VFIO_PCI)):
+        steps.append(LoadVfio(host))
+    steps += [Take(device, host) for device in devices]
+    for group in _groups(devices):
+        inside = tuple(device for device in devices if device.group == group)
+        steps.append(HandOver(group, inside, identity, host))
+    return steps
+
+
+@frozen
+class LoadVfio:
+    """The kernel's module, which is not loaded yet and stays."""
+
+    host: HostPaths
+
+    def describe(self) -> str:
+        return "load the kernel module vfio-pci"
+
+    def apply(self, record: Record) -> None:
+        process.output(["modprobe", VFIO_PCI])
+
+
+@frozen
+class Take:
+    """A device, to be bound to vfio-pci, or left there if it is."""
+
+    device: Device
+    host: HostPaths
+
+    def describe(self) -> str:
+        device = self.device
+        if device.is_for_vms:
+            return f"use {device.address}, which {device.driver} has already, and leave it there"
+        former = f", now {device.driver}'s" if device.driver else ""
+        return f"bind {device.address} to {VFIO_PCI}{former}"
+
+    def apply(self, record: Record) -> None:
+        device, host = self.device, self.host
+        link = host.pci_device(device.address)
+        up = [name for name in hostuse.interfaces(device, host) if get_flags(name) & IFF_UP]
+        down = [name for name in hostuse.interfaces(device, host) if name not in up]
+        # What could not be undone once is still written down as it was before.
+        if not any(line[:2] == ["device", device.address] for line in record.read()):
+            record.append(
+                "device",
+                device.address,
+                device.driver or "",
+                device.override or "",
+                " ".join(up),
+                " ".join(down),
+            )
+        if device.is_for_vms:
+            return
+        _write(f"{link}/driver_override", VFIO_PCI)
+        if device.driver is not None:
+            _unbind(device.address, device.driver, host)
+        _write(host.pci_probe, device.address)
+        driver = linked(link, "driver")
+        if driver != VFIO_PCI:
+            raise MicrovmHostError(
+                f"{VFIO_PCI} did not take {device.address}, which {driver or 'no driver'} has now",
+                path=link,
+                hint=_ASK_THE_KERNEL,
+            )
+
+
+@frozen
+class HandOver:
+    """The nodes by which the hypervisor gets at its devices of one IOMMU group."""
+
+    group: str
+    devices: tuple[Device, ...]
+    identity: Identity
+    host: HostPaths
+
+    def describe(self) -> str:
+        return f"give {self.host.vfio_group_node(self.group)} to {self.identity.user}"
+
+    def apply(self, record: Record) -> None:
+        _hand_over(
+            self.group, self.host.vfio_group_node(self.group), self.identity, self.host, record
+        )
+        for device in self.devices:
+            for name in device.vfio_names:
+                # The newer way in, a node a device: there if the kernel was built for it.
+                if attribute(f"{device.directory}/vfio-dev/{name}", "dev") is not None:
+                    _hand_over(
+                        name, self.host.vfio_device_node(name), self.identity, self.host, record
+                    )
+
+
+def _hand_over(
+    kernel_name: str, node: str, identity: Identity, host: HostPaths, record: Record
+) -> None:
+    _await(node)
+    former = os.stat(node)
+    record.append(
+        "node", kernel_name, node, str(former.st_uid), str(former.st_gid), f"{former.st_mode:o}"
+    )
+    nodes.claim(kernel_name, identity, host)
+    nodes.hand_over(node, identity)
+
+
+def _await(node: str) -> None:
+    deadline = time.monotonic() + NODE_APPEARS_WITHIN
+    while not os.path.exists(node):
+        if time.monotonic() > deadline:
+            raise MicrovmHostError(
+                "this node of VFIO does not appear",
+                path=node,
+                hint="a container's /dev is not the kernel's: PCI devices need a real host",
+            )
+        time.sleep(0.01)
+
+
+# ---- giving back
+
+
+def undo(record: Record, host: HostPaths) -> list[str]:
+    """Give devices back to the drivers they had, as a record says.
+
+    Returns:
+        What could not be undone, a line each; the record is cleared if there is nothing.
+    """
+    found = []
+    for verb, *fields in reversed(record.read()):
+        try:
+            if verb == "device":
+                address, driver, override, up, down = fields
+                if _give_back(address, driver, override, host):
+                    _bring_up(address, up.split(), down.split(), host)
+            elif verb == "node":
+                _take_back_node(*fields, host=host)
+        except OSError as error:
+            found.append(f"{fields[0]}: {error.filename or ''}: {error.strerror}")
+        except MicrovmHostError as error:
+            found.append(str(error))
+    if not found:
+        record.clear()
+    return found
+
+
+def _take_back_node(
+    kernel_name: str, node: str, uid: str, gid: str, mode: str, *, host: HostPaths
+) -> None:
+    nodes.release(kernel_name, host)
+    # It goes away with the last device of the group; if it stays, it was there before.
+    try:
+        os.chown(node, int(uid), int(gid))
+        os.chmod(node, int(mode, 8) & 0o7777)
+    except FileNotFoundError:
+        pass
+
+
+def _give_back(address: str, driver: str, override: str, host: HostPaths) -> bool:
+    """Have a device in the hands of its former driver; of none, if it had none.
+
+    Returns:
+        Whether it is; False for a device that is gone or that somebody else has taken.
+    """
+    link = host.pci_device(address)
+    now = linked(link, "driver") or ""
+    if not os.path.isdir(link):
+        log.notice(f"{address} is there no more, and so not given back")
+        return False
+    # Killed at any point, taking leaves no other driver than these.
+    if now not in ("", driver, VFIO_PCI):
+        log.notice(f"{address} was taken by somebody else for {now} and is left alone")
+        return False
+    if attribute(link, "driver_override") != (override or "(null)"):
+        _write(f"{link}/driver_override", override or "\n")
+    if now == driver:
+        return True
+    if now == VFIO_PCI:
+        _await_closed(address, host)
+    if now:
+        _unbind(address, now, host)
+    if not driver:
+        return True
+    try:
+        _write(f"{host.pci_driver(driver)}/bind", address)
+    except MicrovmHostError:
+        # Its module went away meanwhile, or it wants to be found: as at boot, by its IDs.
+        _load_driver(link)
+        _write(host.pci_probe, address)
+    now = linked(link, "driver") or ""
+    if now != driver:
+        raise MicrovmHostError(
+            f"{address} was not taken back by driver {driver}; {now or 'none'} has it",
+            path=link,
+            hint=f"echo {address} > {host.pci_driver(driver)}/bind, or reboot",
+        )
+    return True
+
+
+def _await_closed(address: str, host: HostPaths) -> None:
+    """Wait until nobody uses a device by VFIO any more.
+
+    Taken away before that, vfio-pci waits in the kernel where no signal reaches the writer.
+    """
+    group = linked(host.pci_device(address), "iommu_group")
+    deadline = time.monotonic() + LETS_GO_WITHIN
+    while group is not None and _is_open(group, host):
+        if time.monotonic() > deadline:
+            node = host.vfio_group_node(group)
+            raise MicrovmHostError(
+                f"{address} is still in use after {LETS_GO_WITHIN:.0f} s, and so not given back",
+                path=node,
+                hint=f"`fuser -v {node}` shows by whom",
+            )
+        log.status(f"waiting until {address} is in use no more")
+        time.sleep(0.05)
+
+
+def _load_driver(link: str) -> None:
+    alias = attribute(link, "modalias")
+    if alias:
+        try:
+            process.output(["modprobe", alias])
+        except MicrovmHostError as error:
+            log.warning(str(error))
+
+
+def _bring_up(address: str, up: list[str], down: list[str], host: HostPaths) -> None:
+    """Have a card's interfaces again under their names, and those up that were up.
+
+    A new interface is down; whoever has set it up at boot need not watch for it.
+    """
+    wanted = {*up, *down}
+    device = pcibus.device(address, host)
+    if not wanted or device is None:
+        return
+    deadline = time.monotonic() + INTERFACE_APPEARS_WITHIN
+    while not wanted.issubset(found := set(hostuse.interfaces(device, host))):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.01)
+    spare = sorted(found - wanted)
+    for name in sorted(wanted - found):
+        if not spare:
+            raise MicrovmHostError(
+                f"{address} is with its driver again, but its interface {name} is not there"
+            )
+        # Its name was given by hand, or by a rule that is no more.
+        rename(spare.pop(0), name)
+    for name in up:
+        if not get_flags(name) & IFF_UP:
+            set_flags(name, IFF_UP)
+
+
+# ---- writing to sysfs
+
+
+def _write(path: str, text: str) -> None:
+    """Write to an attribute; raises MicrovmHostError, naming it and the text."""
+    try:
+        _put(path, text)
+    except OSError as error:
+        raise MicrovmHostError(
+            f"cannot write {text.strip()!r}: {error.strerror}", path=path, hint=_ASK_THE_KERNEL
+        ) from error
+
+
+def _unbind(address: str, driver: str, host: HostPaths) -> None:
+    """Take a device from a driver; raises MicrovmHostError, also if that does not let go."""
+    path = f"{host.pci_driver(driver)}/unbind"
+    try:
+        # Apart, since the kernel waits for the driver for as long as that takes.
+        process.call_apart(
+            lambda: _put(path, address),
+            LETS_GO_WITHIN,
+            lambda seconds: log.status(
+                f"waiting for {driver} to let go of {address}, {seconds:.0f} s"
+            ),
+        )
+    except OSError as error:
+        took = f" within {LETS_GO_WITHIN:.0f} s" if error.errno == ETIMEDOUT else ""
+        raise MicrovmHostError(
+            f"driver {driver} does not let go of {address}{took}: {error.strerror}",
+            path=path,
+            hint=_ASK_THE_KERNEL,
+        ) from error
+
+
+def _put(path: str, text: str) -> None:
+    target = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(target, text.encode())
+    finally:
+        os.close(target)
