@@ -94,9 +94,7 @@ def pci_up(name: str, host: HostPaths) -> None:
     for last_time in (False, True):
         try:
             with pci.Exclusive(host):
-                steps = pci.plan(
-                    name, addresses, identity, host, lambda: _allowed_devices(name, host)
-                )
+                steps = pci.plan(name, addresses, identity, host)
                 plan.carry_out(steps, record, lambda done: pci.undo(done, host))
             break
         except pci.InUse as error:
@@ -113,16 +111,6 @@ def pci_down(name: str, host: HostPaths) -> None:
         return
     with pci.Exclusive(host):
         plan.take_back(record, lambda done: pci.undo(done, host))
-
-
-def _allowed_devices(name: str, host: HostPaths) -> tuple[str, ...]:
-    """The devices that the administrator gives to a VM though the host lives on them."""
-    if not os.path.exists(host.declaration(name)):
-        return ()
-    # Not before, since reading TOML takes longer than all else: devices in use are rare.
-    from . import declaration
-
-    return declaration.load(host.declaration(name)).allow_host_devices
 
 
 def _comes_free(holder: str, host: HostPaths) -> bool:

@@ -24,7 +24,7 @@ from .sysfs import attribute, linked
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
 
     from .identity import Identity
     from .paths import HostPaths
@@ -73,18 +73,14 @@ class Exclusive:
 # ---- checking
 
 
-def problems(
-    vm: str,
-    addresses: Iterable[str],
-    host: HostPaths,
-    allowed: Callable[[], Collection[str]] = frozenset,
-) -> list[MicrovmHostError]:
+def problems(vm: str, addresses: Iterable[str], host: HostPaths) -> list[MicrovmHostError]:
     """All that stands against giving a VM these devices; nothing is changed.
 
     Args:
         addresses: checked addresses or globs, as the package has them.
-        allowed: gives the addresses that the VM may have though the host uses them; asked only
-            if there is one.
+
+    Raises:
+        DeclarationError: the VM's declaration, which may allow what the host uses, is wrong.
     """
     found: list[MicrovmHostError] = []
     if not pcibus.has_iommu(host):
@@ -104,7 +100,7 @@ def problems(
                 )
             )
         mine.add(device.address)
-        found += _problems_of(device, vm, host, allowed)
+        found += _problems_of(device, vm, host)
     told = set[str]()
     for group in _groups(devices):
         for mate in pcibus.group_mates(group, host):
@@ -132,9 +128,7 @@ def _one(pattern: str, host: HostPaths) -> Device:
     return device
 
 
-def _problems_of(
-    device: Device, vm: str, host: HostPaths, allowed: Callable[[], Collection[str]]
-) -> list[MicrovmHostError]:
+def _problems_of(device: Device, vm: str, host: HostPaths) -> list[MicrovmHostError]:
     found: list[MicrovmHostError] = []
     address = device.address
     if device.is_bridge:
@@ -165,7 +159,7 @@ def _problems_of(
             )
         return found
     reasons = hostuse.reasons(device, host)
-    if reasons and address not in allowed():
+    if reasons and address not in _allowed(vm, host):
         found.append(
             MicrovmHostError(
                 f"{address} is not given away, since this host lives on it: {'; '.join(reasons)}",
@@ -183,6 +177,16 @@ def _problems_of(
             )
         )
     return found
+
+
+def _allowed(vm: str, host: HostPaths) -> tuple[str, ...]:
+    """The devices that the administrator gives to a VM though the host lives on them."""
+    if not os.path.exists(host.declaration(vm)):
+        return ()
+    # Not before, since reading TOML takes longer than all else: devices in use are rare.
+    from . import declaration
+
+    return declaration.load(host.declaration(vm)).allow_host_devices
 
 
 def _problems_of_mate(mate: Device, group: str, vm: str, host: HostPaths) -> list[MicrovmHostError]:
@@ -236,7 +240,6 @@ def plan(
     addresses: Sequence[str],
     identity: Identity,
     host: HostPaths,
-    allowed: Callable[[], Collection[str]] = frozenset,
 ) -> list[Step]:
     """What gives a VM its devices, checked.
 
@@ -249,7 +252,7 @@ def plan(
     """
     if not addresses:
         return []
-    found = problems(vm, addresses, host, allowed)
+    found = problems(vm, addresses, host)
     if found:
         # What waiting for another VM would not mend comes first.
         found.sort(key=lambda error: isinstance(error, InUse))
