@@ -61,13 +61,14 @@ _microvm() {
     esac
 
     if [[ ! $command ]]; then
-        options='apply create list logs remove restart run ssh start status stop update'
+        options='apply create list logs pci remove restart run ssh start status stop update'
         [[ $current != -* ]] || options='-l -c -u -r -s -h --help --version'
     elif [[ $current == -* ]]; then
         case $command in
             apply) options='-n --dry-run --json' ;;
             create) options='-f --flake --runner --start' ;;
             list) options='--check --json' ;;
+            pci) options='-a --all --json' ;;
             remove) options='-y --yes' ;;
             status) options='--json' ;;
             update) options='-R --restart' ;;
@@ -81,6 +82,17 @@ _microvm() {
                 for word in "${before[@]:1}"; do
                     [[ $word == -* ]] || return 0
                 done
+                ;;
+            pci)
+                # `check`, and one VM after it.
+                case ${before[*]:1} in
+                    '')
+                        mapfile -t COMPREPLY < <(compgen -W check -- "$current")
+                        return 0
+                        ;;
+                    check) ;;
+                    *) return 0 ;;
+                esac
                 ;;
             list | remove | restart | start | stop | update) ;;
             *) return 0 ;;

@@ -22,6 +22,9 @@ VIRTIOFSD_PLACES = (
     "/usr/bin/virtiofsd",
 )
 
+# Names of PCI devices: Debian and its kin, and the others.
+PCI_IDS_PLACES = ("/usr/share/misc/pci.ids", "/usr/share/hwdata/pci.ids")
+
 MICROVM_RUN = "bin/microvm-run"
 MICROVM_SHUTDOWN = "bin/microvm-shutdown"
 VIRTIOFSD_RUN = "bin/virtiofsd-run"
@@ -180,3 +183,6 @@ class HostPaths:
 
     def virtiofsd_places(self) -> tuple[str, ...]:
         return tuple(self.at(place) for place in VIRTIOFSD_PLACES)
+
+    def pci_ids_places(self) -> tuple[str, ...]:
+        return tuple(self.at(place) for place in PCI_IDS_PLACES)

@@ -15,6 +15,7 @@ from ..errors import EXIT_CONFIG, EXIT_FAILED, MicrovmHostError, PackageError, U
 from ..paths import HostPaths
 from ..source import Source, remembered
 from . import jobs, table
+from . import pci as pci_commands
 
 HOST = HostPaths.from_environment()
 
@@ -232,6 +233,28 @@ def status(vm: str, as_json: bool) -> None:
             click.echo(f"{title:>12}: {value}")
     sys.stdout.flush()
     sys.exit(jobs.show_unit(vm))
+
+
+@microvm.group(invoke_without_command=True)
+@click.option("-a", "--all", "bridges", is_flag=True, help="Show bridges too.")
+@JSON
+@click.pass_context
+def pci(context: click.Context, bridges: bool, as_json: bool) -> None:
+    """Show the host's PCI devices, their IOMMU groups, and the VMs that have them."""
+    if context.invoked_subcommand is None:
+        pci_commands.show(HOST, bridges=bridges, as_json=as_json)
+    elif bridges or as_json:
+        raise UsageError(f"options of {context.invoked_subcommand} stand behind it")
+
+
+@pci.command("check")
+@click.argument("vm", metavar="NAME", type=NAME)
+@JSON
+def check_pci(vm: str, as_json: bool) -> None:
+    """Say what a start of a VM would do about its PCI devices, and what stands against it."""
+    _as_root()
+    _existing(vm)
+    pci_commands.check(vm, HOST, as_json=as_json)
 
 
 @microvm.command(context_settings={"ignore_unknown_options": True})

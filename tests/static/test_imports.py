@@ -25,10 +25,10 @@ LAYERS: tuple[set[str], ...] = (
     {"errors", "frozen", "vsock"},
     {"names", "paths", "identity", "interpreter", "process", "record", "source", "state", "sysfs"},
     {"declaration", "interfaces", "log", "pcibus", "runner"},
-    {"hostuse", "nodes", "plan", "systemd"},
+    {"hostuse", "nodes", "pciids", "plan", "systemd"},
     # What changes the host; these do not know of each other.
     {"links", "pci", "shares", "hypervisor"},
-    {"install", "listing"},
+    {"install", "listing", "pcilisting"},
     {"apply"},
     # Entry points, which nothing imports.
     {"generator", "helper", "cli"},
