@@ -65,6 +65,15 @@ class Macvtap:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Card:
+    """A network card that comes with one of the PCI devices, and that the guest configures."""
+
+    mac: str
+    address: str
+    """``ADDRESS/PREFIX[,GATEWAY]``."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Share:
     """A directory of the host, seen by the guest through virtiofs."""
 
@@ -285,6 +294,9 @@ class Guest(Package):
     reboot_after: int | None = None
     crash_after: int | None = None
     fail_after: int | None = None
+    cards: tuple[Card, ...] = ()
+    disks: tuple[str, ...] = ()
+    """Serial numbers of disks to read the first line of, and to write to."""
     pings: tuple[str, ...] = ()
     shell_port: int | None = None
     kernel_args: tuple[str, ...] = ()
@@ -324,11 +336,12 @@ class Guest(Package):
     def guest_args(self) -> list[str]:
         """The kernel arguments that ``init`` reads."""
         args = [f"guest.name={self.name}"]
-        nics: tuple[Tap | Macvtap, ...] = (*self.taps, *self.macvtaps)
+        nics: tuple[Tap | Macvtap | Card, ...] = (*self.taps, *self.macvtaps, *self.cards)
         args += [f"guest.net={nic.mac.lower()},{nic.address}" for nic in nics if nic.address]
         if self.user_net:
             args.append(f"guest.net={USER_MAC},10.0.2.15/24,10.0.2.2")
         args += [f"guest.share={s.tag},{s.mount}" for s in self.shares if s.mount]
+        args += [f"guest.disk={serial}" for serial in self.disks]
         args += [f"guest.ping={address}" for address in self.pings]
         if self.slow_stop:
             args.append(f"guest.slow-stop={self.slow_stop}")
@@ -803,6 +816,14 @@ def parse_macvtap(text: str) -> Macvtap:
     )
 
 
+def parse_card(text: str) -> Card:
+    """``MAC,ADDRESS/PREFIX[,GATEWAY]``."""
+    mac, comma, address = text.partition(",")
+    if not comma:
+        raise argparse.ArgumentTypeError(f"{text!r}: want MAC,ADDRESS/PREFIX[,GATEWAY]")
+    return Card(mac=mac, address=address)
+
+
 def parse_share(text: str) -> Share:
     """``TAG:SOURCE[:MOUNT[:ro]]``, or a JSON object with the fields of ``Share``."""
     if text.startswith("{"):
@@ -864,6 +885,8 @@ def add_commands(commands: Commands) -> None:
     add("--deaf", action="store_true", help="ignores every request to stop")
     for name in ("exit", "reboot", "crash", "fail"):
         add(f"--{name}-after", type=int, metavar="SECONDS")
+    _repeat(guest, "--card", "cards", "MAC,ADDRESS/PREFIX[,GATEWAY]", parse_card)
+    _repeat(guest, "--disk", "disks", "SERIAL")
     _repeat(guest, "--ping", "pings", "ADDRESS")
     add("--shell-port", type=int, metavar="PORT")
     _repeat(guest, "--kernel-arg", "kernel_args", "ARG")

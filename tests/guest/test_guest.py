@@ -175,6 +175,25 @@ def test_guest_tells_what_it_sees(image: Image, tmp_path: Path) -> None:
         assert not any("\r" in line for line in console.lines if "GUEST" in line)
 
 
+def test_guest_uses_disks_and_random_numbers(image: Image, tmp_path: Path, state: Path) -> None:
+    disk = state / "data.img"
+    disk.write_bytes(b"put there before\n".ljust(1 << 20, b"\0"))
+    guest = Guest(
+        name="web",
+        image=image,
+        volumes=(Volume(image=disk.name, size_mb=1, serial="data"),),
+        disks=("data", "other"),
+        qemu_args=("-device", "virtio-rng-pci"),
+    )
+    with start(guest, tmp_path) as console:
+        console.expect("GUEST web: ready")
+        console.expect("GUEST web: disk data holds: put there before")
+        console.expect("GUEST web: disk data write: ok")
+        console.expect("GUEST web: disk other missing")
+        console.expect("GUEST web: rng virtio_rng.0 gave 16 bytes")
+    assert disk.read_bytes()[512:].startswith(b"written by web\n\0")
+
+
 @pytest.mark.parametrize("machine", ["microvm", "q35"])
 def test_power_button_stops_the_guest_in_order(image: Image, tmp_path: Path, machine: str) -> None:
     guest = Guest(name="web", image=image, machine="q35" if machine == "q35" else "microvm")

@@ -20,6 +20,9 @@ def _parser() -> argparse.ArgumentParser:
     shell = verbs.add_parser("shell", help="boot a host, give a shell in it, throw it away")
     shell.add_argument("--suite", choices=root.SUITES, default=root.DEFAULT_SUITE)
     shell.add_argument("--virtual", action="store_true", help="a virtual host, not a container")
+    shell.add_argument(
+        "--spare-devices", action="store_true", help="a virtual one with PCI devices for microVMs"
+    )
     build = verbs.add_parser("build", help="build roots (all suites if none is named)")
     build.add_argument("suites", nargs="*", metavar="SUITE", help=", ".join(root.SUITES))
     build.add_argument("--image", action="store_true", help="the virtual host's images as well")
@@ -27,8 +30,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _shell(suite: str, *, virtual: bool) -> int:
-    host = VirtualHost(suite) if virtual else ContainerHost(suite)
+def _shell(suite: str, *, virtual: bool, spare_devices: bool) -> int:
+    if virtual or spare_devices:
+        host: VirtualHost | ContainerHost = VirtualHost(suite, spare_devices=spare_devices)
+    else:
+        host = ContainerHost(suite)
     with step(f"booting a {host.kind} host of {suite}"):
         host.start()
     try:
@@ -64,7 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         match options.verb:
             case "shell":
-                return _shell(options.suite, virtual=options.virtual)
+                return _shell(
+                    options.suite, virtual=options.virtual, spare_devices=options.spare_devices
+                )
             case "build":
                 return _build(options.suites, image=options.image)
             case _:

@@ -11,6 +11,11 @@ Links inside: `outer0` carries the commands and the default route and leads nowh
 `spare0` is a network card nobody uses, up and without an address, for macvtaps to stand on.  Its
 network is 10.0.3.0/24, where 10.0.3.2 answers to ping and ARP, and it leads nowhere either.
 
+With `spare_devices=True` there are PCI devices for microVMs to have, at the addresses below
+(`SPARE_...`): two network cards, a disk, a source of random numbers, two more endpoints that share
+an IOMMU group, and two that a host may well need itself: a display, and an NVMe controller that can
+be split into virtual functions, for which QEMU must be 7.1 or newer.
+
 Commands go through ssh over a card of QEMU's user network.  The guest agent was the other
 candidate: it hands a command's output over only when the command has ended, in one piece with
 a limit, and has no way to a terminal.  A program of our own on a serial port would have to
@@ -45,6 +50,23 @@ from tests.host.interface import CommandHost, HostError
 
 _numbers = itertools.count(1)
 
+# What `spare_devices=True` adds, by the addresses that the firmware gives them: buses are numbered
+# in the order of the bridges' slots.
+SPARE_E1000E = "0000:01:00.0"  # behind a root port; its network is 10.0.4.0/24
+SPARE_NET = "0000:00:08.0"  # virtio; its network is 10.0.5.0/24
+SPARE_RNG = "0000:00:09.0"
+SPARE_DISK = "0000:00:0a.0"  # virtio, empty, serial number "spare"
+# Two sources of random numbers in one IOMMU group, behind a bridge that hides which of them speaks
+# and is of that group itself.
+SPARE_PAIR = ("0000:03:01.0", "0000:03:02.0")
+SPARE_PAIR_BRIDGE = "0000:02:00.0"
+SPARE_DISPLAY = "0000:00:0b.0"  # the console is on it
+SPARE_NVME = "0000:04:00.0"  # no disk behind it; a virtual function would be 0000:04:00.1
+SPARE_E1000E_MAC = "52:54:00:6d:00:03"
+SPARE_NET_MAC = "52:54:00:6d:00:04"
+
+_SPARE_DISK_BYTES = 64 << 20
+
 # Under emulation a boot takes a quarter of a minute on an idle machine, and tests share it.
 _BOOT_TIMEOUT = 240
 
@@ -59,8 +81,45 @@ def missing() -> str | None:
     return None
 
 
+def _spare_devices_argv(work: Path) -> list[str]:
+    """The devices for microVMs, and the other halves of them."""
+    # Without it a virtio device's DMA goes past the emulated IOMMU, once a guest has it.
+    translated = "iommu_platform=on,disable-legacy=on"
+    return [
+        *("-device", "pcie-root-port,id=port6,addr=6,chassis=6"),
+        *("-netdev", "user,id=spare-e1000e,restrict=on,ipv6=off,net=10.0.4.0/24"),
+        "-device",
+        f"e1000e,bus=port6,netdev=spare-e1000e,mac={SPARE_E1000E_MAC},romfile=",
+        *("-device", "pcie-root-port,id=port7,addr=7,chassis=7"),
+        *("-device", "pci-bridge,id=bridge7,bus=port7,chassis_nr=8"),
+        *("-device", f"virtio-rng-pci,bus=bridge7,addr=1,{translated}"),
+        *("-device", f"virtio-rng-pci,bus=bridge7,addr=2,{translated}"),
+        *("-netdev", "user,id=spare-net,restrict=on,ipv6=off,net=10.0.5.0/24"),
+        "-device",
+        f"virtio-net-pci,netdev=spare-net,mac={SPARE_NET_MAC},addr=8,romfile=,{translated}",
+        *("-device", f"virtio-rng-pci,addr=9,{translated}"),
+        *("-drive", f"file={work}/spare.img,format=raw,if=none,id=spare-disk"),
+        *("-device", f"virtio-blk-pci,drive=spare-disk,serial=spare,addr=a,{translated}"),
+        *("-device", "VGA,addr=b,romfile="),
+        *("-device", "pcie-root-port,id=port12,addr=c,chassis=12"),
+        *("-device", "nvme-subsys,id=subsystem12"),
+        # As little as it takes to have virtual functions (QEMU's docs/system/devices/nvme).
+        "-device",
+        "nvme,serial=spare,subsys=subsystem12,bus=port12,max_ioqpairs=6,msix_qsize=9,"
+        "sriov_max_vfs=2,sriov_vq_flexible=4,sriov_vi_flexible=2",
+    ]
+
+
 def qemu_argv(
-    built: root.Root, *, work: Path, memory: int, smp: int, devices: Sequence[str], kvm: bool
+    built: root.Root,
+    *,
+    work: Path,
+    memory: int,
+    smp: int,
+    devices: Sequence[str],
+    spare_devices: bool,
+    kernel_args: Sequence[str],
+    kvm: bool,
 ) -> list[str]:
     """The machine.  Devices are words of a command line, as QEMU takes them."""
     machine = "q35,accel=kvm,kernel-irqchip=split" if kvm else "q35"
@@ -76,9 +135,12 @@ def qemu_argv(
         # Every byte on a serial port is an exit from the emulator: only what is wrong goes there.
         "quiet systemd.show_status=error",
         "systemd.journald.forward_to_console=1",
+        # An emulator that gets no CPU for a while fails the kernel's test of the timer: it panics.
+        "no_timer_check",
         # Half of an emulated boot went into guarding a CPU that has nothing to guard.
         "mitigations=off",
         "test_host.channel",
+        *kernel_args,
     ]
     return [
         "qemu-system-x86_64",
@@ -105,6 +167,7 @@ def qemu_argv(
         # takes its packets, and the kernel complains of its queue.
         *("-netdev", "user,id=spare,restrict=on,ipv6=off,net=10.0.3.0/24"),
         *("-device", f"virtio-net-pci,netdev=spare,mac={root.SPARE_MAC},addr=5"),
+        *(_spare_devices_argv(work) if spare_devices else ()),
         *("-serial", f"file:{work}/console.log"),
         *("-serial", f"file:{work}/journal.log"),
         *("-qmp", f"unix:{work}/qmp,server=on,wait=off"),
@@ -119,7 +182,9 @@ class VirtualHost(CommandHost):
 
     `devices` are further QEMU devices, each the value of a `-device` option.  A virtio device
     that is to be passed through to a microVM needs `iommu_platform=on,disable-legacy=on`, or its
-    DMA goes past the emulated IOMMU.  PCI slots 2 to 5 are taken.
+    DMA goes past the emulated IOMMU.  PCI slots 2 to 5 are taken, and 6 to 12 with
+    `spare_devices`, which are described above.  `kernel_args` go to the end of the kernel's
+    command line, where they have the last word.
     """
 
     kind = "virtual"
@@ -131,6 +196,8 @@ class VirtualHost(CommandHost):
         memory: int = 2048,
         smp: int = 2,
         devices: Sequence[str] = (),
+        spare_devices: bool = False,
+        kernel_args: Sequence[str] = (),
     ) -> None:
         super().__init__(suite)
         self.name = f"test-host-v{os.getpid()}-{next(_numbers)}"
@@ -138,6 +205,8 @@ class VirtualHost(CommandHost):
         self._memory = memory
         self._smp = smp
         self._devices = tuple(devices)
+        self._spare_devices = spare_devices
+        self._kernel_args = tuple(kernel_args)
         self._owner: IO[str] | None = None
         self._qemu: subprocess.Popen[bytes] | None = None
         self._qmp: _Qmp | None = None
@@ -169,12 +238,17 @@ class VirtualHost(CommandHost):
         self._await_running(began)
 
     def _launch(self, built: root.Root) -> None:
+        if self._spare_devices:
+            with (self._work / "spare.img").open("wb") as image:
+                image.truncate(_SPARE_DISK_BYTES)
         argv = qemu_argv(
             built,
             work=self._work,
             memory=self._memory,
             smp=self._smp,
             devices=self._devices,
+            spare_devices=self._spare_devices,
+            kernel_args=self._kernel_args,
             kvm=kvm_works(),
         )
         with (self._work / "qemu.log").open("ab") as log:
