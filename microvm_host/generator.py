@@ -2,9 +2,10 @@
 """Makes the VMs declared under /etc/microvms start at boot (systemd.generator(7)).
 
 For each declaration: a link by which microvms.target wants the VM, unless it says
-`autostart = false`, and one by which the VM wants install-microvm@, which brings its package up to
-date first. Runs before /var is mounted and delays boot: it reads /etc/microvms, writes links, and
-must neither import more than `declaration` needs nor talk to any process.
+`autostart = false`, one by which the VM wants install-microvm@, which brings its package up to
+date first, and a drop-in with what it says on starts and stops, if anything. Runs before /var is
+mounted and delays boot: it reads /etc/microvms, writes these, and must neither import more than
+`declaration` needs nor talk to any process.
 
 One broken declaration is logged and skipped; the others, and the boot, go on.
 """
@@ -22,6 +23,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from .declaration import Declaration
+
 TARGET = "microvms.target"
 
 
@@ -35,14 +38,57 @@ def generate(
         units: where the unit files are installed.
         complain: takes the error of each declaration that is skipped.
     """
+    found = []
     for declared in declaration.load_all(host.declarations):
         if isinstance(declared, DeclarationError):
             complain(declared)
             continue
+        found.append(declared)
         vm = names.unit(declared.name)
         _want(directory, vm, f"install-microvm@{declared.name}.service", units)
         if declared.autostart:
             _want(directory, TARGET, vm, units)
+    for declared in found:
+        _write_drop_in(directory, declared, _earlier(declared, found))
+
+
+def _earlier(declared: Declaration, others: list[Declaration]) -> list[str]:
+    """The VMs that start before this one, and stop after it, by their `order`."""
+    if declared.order is None:
+        return []
+    # All of them, not just the nearest: systemd orders what it starts or stops at the moment.
+    return [
+        other.name for other in others if other.order is not None and other.order < declared.order
+    ]
+
+
+def _write_drop_in(directory: str, declared: Declaration, earlier: list[str]) -> None:
+    """Write what a declaration says on starts and stops, where it differs from the unit's own."""
+    unit = [f"After={names.unit(name)}" for name in earlier]
+    service = [f"Restart={_RESTART[declared.restart]}"] if declared.restart != "always" else []
+    for variable, value in (
+        ("MICROVM_SHUTDOWN_SECONDS", declared.shutdown_timeout),
+        ("MICROVM_ASK_AGAIN_SECONDS", declared.ask_again_after),
+        ("MICROVM_TERMINATE_SECONDS", declared.terminate_timeout),
+        ("MICROVM_RESTART_SECONDS", declared.restart_delay),
+        ("MICROVM_RESTART_LIMIT", declared.restart_limit),
+    ):
+        if value is not None:
+            service.append(f"Environment={variable}={value:.15g}")
+    if not unit and not service:
+        return
+    # Sorts before systemctl edit's override.conf, which therefore has the last word.
+    path = f"{directory}/{names.unit(declared.name)}.d/50-declaration.conf"
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(f"# What {declared.name}.toml says, by microvm-generator.\n")
+        for section, lines in (("Unit", unit), ("Service", service)):
+            if lines:
+                file.write("\n".join(["", f"[{section}]", *lines, ""]))
+
+
+# systemd's words for the declaration's.
+_RESTART = {"on-failure": "on-failure", "never": "no"}
 
 
 def _want(directory: str, unit: str, wanted: str, units: str) -> None:

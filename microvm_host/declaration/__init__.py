@@ -16,25 +16,34 @@ from .. import names
 from ..errors import DeclarationError, NameInvalid
 from ..frozen import frozen
 from ..source import Source
+from . import checks
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from typing import Any
 
-_KEYS = {
+# Each with its type, or with what checks its value.
+_KEYS: dict[str, type | Callable[[object], object]] = {
     "runner": str,
     "flake": str,
     "autostart": bool,
     "restart_if_changed": bool,
     "allow_host_devices": list,
+    "order": checks.number(0, 1000000),
+    "restart": checks.one_of("always", "on-failure", "never"),
+    "restart_delay": checks.seconds,
+    "restart_limit": checks.number(0, 1000000),
+    "shutdown_timeout": checks.seconds,
+    "ask_again_after": checks.seconds,
+    "terminate_timeout": checks.seconds,
 }
 _TYPE_WORDS = {str: "a string", bool: "true or false", list: "a list"}
 
 
 @frozen
 class Declaration:
-    """One declared VM."""
+    """One declared VM. Times are in seconds; None is what the toolkit does by itself."""
 
     name: str
     source: Source
@@ -42,6 +51,13 @@ class Declaration:
     restart_if_changed: bool = True
     # PCI devices that the VM may have though the host uses them, by their full addresses.
     allow_host_devices: tuple[str, ...] = ()
+    order: int | None = None
+    restart: str = "always"
+    restart_delay: float | None = None
+    restart_limit: int | None = None
+    shutdown_timeout: float | None = None
+    ask_again_after: float | None = None
+    terminate_timeout: float | None = None
 
 
 def name_of(path: str) -> str:
@@ -98,13 +114,14 @@ def load(path: str) -> Declaration:
         # Beside its own TOMLDecodeError: numbers of thousands of digits, and nesting without end.
         message, line = _syntax_error(str(error))
         raise DeclarationError(f"is not TOML: {message}", path=path, line=line) from error
-    _check_keys(table, text, path)
+    settings = _checked(table, text, path)
+    for key in ("runner", "flake", "allow_host_devices"):
+        settings.pop(key, None)
     return Declaration(
         name=name,
         source=_source(table, text, path),
-        autostart=table.get("autostart", True),
-        restart_if_changed=table.get("restart_if_changed", True),
         allow_host_devices=_addresses("allow_host_devices", table, text, path),
+        **settings,
     )
 
 
@@ -115,7 +132,9 @@ def _syntax_error(message: str) -> tuple[str, int | None]:
     return (text, int(number)) if text and number.isdigit() else (message, None)
 
 
-def _check_keys(table: dict[str, Any], text: str, path: str) -> None:
+def _checked(table: dict[str, Any], text: str, path: str) -> dict[str, Any]:
+    """The keys with what their values mean."""
+    found = {}
     for key, value in table.items():
         line = _line_of(key, text)
         if key not in _KEYS:
@@ -126,10 +145,17 @@ def _check_keys(table: dict[str, Any], text: str, path: str) -> None:
                 line=line,
                 hint=f"did you mean {near[0]}?" if near else f"known are {', '.join(_KEYS)}",
             )
-        if type(value) is not _KEYS[key]:
-            raise DeclarationError(
-                f"{key} = {value!r} is not {_TYPE_WORDS[_KEYS[key]]}", path=path, line=line
-            )
+        check = _KEYS[key]
+        try:
+            if not isinstance(check, type):
+                found[key] = check(value)
+            elif type(value) is check:
+                found[key] = value
+            else:
+                raise ValueError(f"is not {_TYPE_WORDS[check]}")
+        except ValueError as error:
+            raise DeclarationError(f"{key} = {value!r} {error}", path=path, line=line) from error
+    return found
 
 
 def _source(table: dict[str, Any], text: str, path: str) -> Source:

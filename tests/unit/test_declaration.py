@@ -27,6 +27,26 @@ from microvm_host.source import Source
             "# a comment\nautostart=true\nrunner='/a b'",
             Declaration("web", Source("runner", "/a b")),
         ),
+        (
+            'runner = "/a"\norder = 20\nrestart = "on-failure"\nrestart_delay = 0.5\n'
+            'restart_limit = 0\nshutdown_timeout = "1h 30min"\nask_again_after = "15"\n'
+            'terminate_timeout = "500ms"\n',
+            Declaration(
+                "web",
+                Source("runner", "/a"),
+                order=20,
+                restart="on-failure",
+                restart_delay=0.5,
+                restart_limit=0,
+                shutdown_timeout=5400.0,
+                ask_again_after=15.0,
+                terminate_timeout=0.5,
+            ),
+        ),
+        (
+            'runner = "/a"\nshutdown_timeout = 5\nrestart_delay = "1min30s"',
+            Declaration("web", Source("runner", "/a"), restart_delay=90.0, shutdown_timeout=5.0),
+        ),
         ('"runner" = "/ü"\r\n', Declaration("web", Source("runner", "/ü"))),
     ],
 )
@@ -49,6 +69,12 @@ WRONG: list[tuple[str | bytes, int | None, str]] = [
     ('runner = "/a"\nautostart = 1\n', 2, "autostart = 1 is not true or false"),
     ("runner = 3\n", 1, "runner = 3 is not a string"),
     ('runner = ["/a"]\n', 1, "runner = ['/a'] is not a string"),
+    ('runner = "/a"\nrestart = "no"\n', 2, "restart = 'no' is none of always, on-failure, never"),
+    ('runner = "/a"\nrestart = false\n', 2, "restart = False is none of always"),
+    ('runner = "/a"\nrestart_limit = -1\n', 2, "restart_limit = -1 is not between 0 and"),
+    ('runner = "/a"\nrestart_limit = 1.0\n', 2, "restart_limit = 1.0 is not a whole number"),
+    ('runner = "/a"\norder = true\n', 2, "order = True is not a whole number"),
+    ('runner = "/a"\norder = "first"\n', 2, "order = 'first' is not a whole number"),
     ('# x\nrunner = "a"\n', 2, "runner 'a' is not an absolute path; it begins with /"),
     ('runner = ""\n', 1, "is empty"),
     ('runner = "/a\\n/b"\n', 1, "not printable"),
@@ -62,6 +88,17 @@ WRONG: list[tuple[str | bytes, int | None, str]] = [
     (b"\0\x7fELF", 1, "is not TOML:"),
     ("x = " + "1" * 5000, None, "is not TOML:"),
     ("x = " + "[" * 5000, None, "is not TOML:"),
+    *(
+        (f'runner = "/a"\nshutdown_timeout = {text}\n', 2, "is not a time; write 90")
+        for text in (
+            *('"soon"', '"90 seconds"', '""', '" "', '"s"', '"-5s"', '"1.5s"', '"5 5 parsecs"'),
+            *('"\u0663s"', "true", "[90]", '"9999999999"'),
+        )
+    ),
+    *(
+        (f'runner = "/a"\nrestart_delay = {text}\n', 2, "is not between 100ms and 24h")
+        for text in ("0", "-1", '"0s"', '"99ms"', "86401", '"25h"', "nan", "inf", "1e300")
+    ),
 ]
 
 
