@@ -41,6 +41,7 @@ ON_DEMAND = (
     "virtio_rng",
     "virtiofs",
     "vmw_vsock_virtio_transport",
+    "pvpanic_pci",
     "8139cp",
     "e1000",
     "e1000e",

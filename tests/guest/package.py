@@ -138,6 +138,8 @@ class Package:
     readiness: Literal["exec", "guest"] | None = None
     control_socket: str | None = None
     control_protocol: Literal["qmp", "cloud-hypervisor", "firecracker"] | None = None
+    event_log: str | None = None
+    """Where the hypervisor writes its events; a ``Guest`` has QEMU do so (from 8.1 on)."""
     machine_uuid: str | None = None
     extra_files: Mapping[str, bytes] = field(default_factory=dict)
     """Written last, below the package: replaces any file, so that a wrong package can be made."""
@@ -172,6 +174,7 @@ class Package:
             ("readiness", self.readiness),
             ("control-socket", self.control_socket),
             ("control-protocol", self.control_protocol),
+            ("event-log", self.event_log),
             ("machine-uuid", self.machine_uuid),
         ):
             lines[name] = [value] if value is not None else []
@@ -288,6 +291,10 @@ class Guest(Package):
     qemu_args: tuple[str, ...] = ()
 
     # What the guest does; see the head of "init".
+    panic_device: bool = False
+    """Whether the guest's kernel can tell QEMU that it panicked."""
+    mark: bool = False
+    """Whether the first volume is marked when the guest is up, and again when it has shut down."""
     slow_stop: int = 0
     deaf: bool = False
     exit_after: int | None = None
@@ -343,6 +350,8 @@ class Guest(Package):
         args += [f"guest.share={s.tag},{s.mount}" for s in self.shares if s.mount]
         args += [f"guest.disk={serial}" for serial in self.disks]
         args += [f"guest.ping={address}" for address in self.pings]
+        if self.mark:
+            args.append("guest.mark=1")
         if self.slow_stop:
             args.append(f"guest.slow-stop={self.slow_stop}")
         if self.deaf:
@@ -377,6 +386,8 @@ class Guest(Package):
             argv += ["-device", "i8042" if self.keyboard == "i8042" else "virtio-keyboard-pci"]
         if self.fail_after is not None:
             argv += ["-device", "isa-debug-exit"]
+        if self.panic_device:
+            argv += ["-device", "pvpanic-pci"]
         if self.balloon:
             argv += ["-device", "virtio-balloon-pci,id=balloon0"]
         for address in self.pci_devices:
@@ -440,7 +451,10 @@ class Guest(Package):
 
     def library(self, prefix: PurePosixPath) -> dict[str, str]:
         """What the scripts call."""
-        return {**super().library(prefix), "socat": SOCAT}
+        library = {**super().library(prefix), "socat": SOCAT}
+        if self.event_log:
+            library["qmp-hello"] = _qmp("qmp_capabilities") + "\n"
+        return library
 
     def _socat(self, prefix: PurePosixPath) -> str:
         return shlex.quote(str(prefix / "lib/socat"))
@@ -451,6 +465,14 @@ class Guest(Package):
         else:
             directory = prefix / "lib"
         argv = self.qemu_argv(str(directory / "vmlinuz"), str(directory / "initrd"))
+        if self.event_log:
+            # A second monitor that nobody sits at: what it is asked stands in a file, and its
+            # events go to another, which is there when QEMU has gone.
+            hello = _quoted(str(prefix / "lib/qmp-hello"))
+            argv += [
+                *("-chardev", f"file,id=events,path={_quoted(self.event_log)},input-path={hello}"),
+                *("-mon", "chardev=events,mode=control"),
+            ]
         lines = [*_volume_lines(self.volumes), *_accelerator_lines(self.accelerator, self.machine)]
         for macvtap, descriptors in zip(self.macvtaps, self.macvtap_fds(), strict=True):
             index = shlex.quote(f"/sys/class/net/{macvtap.name}/ifindex")
