@@ -14,14 +14,15 @@ from .errors import EXIT_CONFIG, EXIT_FAILED, EXIT_USAGE, MicrovmHostError, Name
 from .paths import MICROVM_RUN, MICROVM_SHUTDOWN, HostPaths
 from .record import Record
 
+# Longer ones would overflow what systemd counts microseconds in; a day is "wait for ever".
+SECONDS_MAX = 86400.0
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .identity import Identity
 
-# As long as a systemd in the guest gives each of its own services (DefaultTimeoutStopSec=).
-SHUTDOWN_SECONDS = 90.0
 HOLDER_GIVES_BACK_WITHIN = 30.0  # seconds
 
 
@@ -38,6 +39,10 @@ def set_booted(name: str, host: HostPaths) -> None:
     booted.append("user", identity.user, str(identity.uid), identity.group, str(identity.gid))
     if package.hypervisor is not None:
         booted.append("hypervisor", package.hypervisor)
+    if package.control_socket is not None:
+        booted.append("control", package.control_socket.protocol, package.control_socket.path)
+    if package.event_log is not None:
+        booted.append("event-log", package.event_log)
     state.link(host.booted(name), package.path)
     log.status(f"checked {package.path}")
 
@@ -48,6 +53,12 @@ def unset_booted(name: str, host: HostPaths) -> None:
         os.unlink(host.booted(name))
     except FileNotFoundError:
         pass
+    ends = Record(host.record(name, "ends"))
+    if os.path.exists(ends.path):
+        from . import aftermath
+
+        aftermath.forget_unless_it_goes_on(name, ends)
+    Record(host.record(name, "lost-shares")).clear()
     _booted_record(name, host).clear()
 
 
@@ -168,6 +179,11 @@ def start(name: str, host: HostPaths) -> None:
     """Become the hypervisor; runs as the VM's user."""
     from . import hypervisor
 
+    ends = Record(host.record(name, "ends"))
+    if os.path.exists(ends.path):
+        from . import aftermath
+
+        aftermath.wait_for_turn(ends, _seconds("MICROVM_RESTART_SECONDS", aftermath.FIRST_DELAY))
     package = os.path.realpath(host.booted(name))
     log.status(f"Starting {package}")
     hypervisor.become(f"{package}/{MICROVM_RUN}", package, *_booted(name, host, "hypervisor"))
@@ -181,14 +197,54 @@ def stop(name: str, host: HostPaths) -> None:
     if not main_pid:
         # systemd.service(5): without a main process there is nobody to ask.
         return
+    ways: list[hypervisor.Way] = []
     script = f"{os.path.realpath(host.booted(name))}/{MICROVM_SHUTDOWN}"
-    text = os.environ.get("MICROVM_SHUTDOWN_SECONDS", "")
+    if os.path.exists(script):
+        ways.append(hypervisor.Script(script))
+    control = _booted(name, host, "control")
+    if control:
+        ways.append(hypervisor.Button(*control))
+    default = hypervisor.Times()
+    times = hypervisor.Times(
+        guest=_seconds("MICROVM_SHUTDOWN_SECONDS", default.guest),
+        ask_again=_seconds("MICROVM_ASK_AGAIN_SECONDS", default.ask_again),
+        terminate=_seconds("MICROVM_TERMINATE_SECONDS", default.terminate),
+    )
+    hypervisor.stop(int(main_pid), ways, times)
+
+
+def ended(name: str, host: HostPaths) -> int:
+    """Say how the VM ended, and see to it that one that keeps dying is not started for ever."""
+    from . import aftermath
+
+    said = None
+    event_log = _booted(name, host, "event-log")
+    end = aftermath.End.from_environment(*_booted(name, host, "hypervisor"))
+    if event_log and end.is_clean:
+        said = _last_words(f"{host.vm(name)}/{event_log[0]}", _identity(name, host))
+    limit = _number("MICROVM_RESTART_LIMIT", aftermath.LIMIT)
+    return aftermath.take_note(name, end, said, limit, Record(host.record(name, "ends")))
+
+
+def _last_words(path: str, identity: Identity) -> str | None:
+    """What the hypervisor's event log says, read with no more rights than who wrote it."""
+    from . import control
+
+    os.setgroups([identity.gid])
+    os.setegid(identity.gid)
+    os.seteuid(identity.uid)
     try:
-        patience = float(text) if text else SHUTDOWN_SECONDS
-    except ValueError:
-        log.warning(f"MICROVM_SHUTDOWN_SECONDS={text!r} is no number: {SHUTDOWN_SECONDS:.0f} it is")
-        patience = SHUTDOWN_SECONDS
-    hypervisor.stop(int(main_pid), script if os.path.exists(script) else None, patience)
+        return control.last_words(path)
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+
+
+def share_lost(name: str, tag: str, host: HostPaths) -> None:
+    """A virtiofsd has failed: say so where its VM is looked at, if that still runs."""
+    from . import aftermath
+
+    aftermath.share_lost(name, tag, Record(host.record(name, "lost-shares")))
 
 
 def install(name: str, host: HostPaths) -> None:
@@ -199,6 +255,27 @@ def install(name: str, host: HostPaths) -> None:
     log.status(f"Installing {declared.source}")
     change = install.from_source(name, declared.source, host)
     log.status(change.describe())
+
+
+def _seconds(variable: str, default: float) -> float:
+    """A time of the environment, which may be too long for anybody to wait, but is one."""
+    text = os.environ.get(variable, "")
+    try:
+        seconds = float(text) if text else default
+        if not 0.1 <= seconds <= SECONDS_MAX:
+            raise ValueError
+    except ValueError:
+        log.warning(f"{variable}={text!r} is no time in seconds: {default:g} it is")
+        return default
+    return seconds
+
+
+def _number(variable: str, default: int) -> int:
+    text = os.environ.get(variable, "")
+    if not text or (text.isascii() and text.isdigit() and len(text) < 10):
+        return int(text or default)
+    log.warning(f"{variable}={text!r} is no number: {default} it is")
+    return default
 
 
 def _booted_record(name: str, host: HostPaths) -> Record:
@@ -227,7 +304,7 @@ def _identity(name: str, host: HostPaths) -> Identity:
     return Identity(user, int(uid), group, int(gid))
 
 
-VERBS: dict[str, Callable[[str, HostPaths], None]] = {
+VERBS: dict[str, Callable[[str, HostPaths], int | None]] = {
     "set-booted": set_booted,
     "unset-booted": unset_booted,
     "tap-interfaces-up": taps_up,
@@ -240,23 +317,31 @@ VERBS: dict[str, Callable[[str, HostPaths], None]] = {
     "virtiofsd-down": shares_down,
     "start": start,
     "stop": stop,
+    "ended": ended,
     "install": install,
 }
+# These are called with the instance of a share's unit in place of a VM's name.
+SHARE_VERBS: dict[str, Callable[[str, str, HostPaths], None]] = {"share-lost": share_lost}
 
 
 def main(argv: list[str]) -> int:
     """Run one verb; gives the exit code."""
-    if len(argv) != 3 or argv[1] not in VERBS:
-        log.error(f"usage: helper VERB NAME, with VERB one of {', '.join(VERBS)}")
+    if len(argv) != 3 or argv[1] not in (*VERBS, *SHARE_VERBS):
+        log.error(f"usage: helper VERB NAME, with VERB one of {', '.join((*VERBS, *SHARE_VERBS))}")
         return EXIT_USAGE
+    verb, host = argv[1], HostPaths.from_environment()
     try:
-        name = names.vm_name(argv[2])
+        name, tag = names.share_of(argv[2]) if verb in SHARE_VERBS else (argv[2], "")
+        names.vm_name(name)
     except NameInvalid as error:
         # Not for the VM's unit: there is no such VM.
         log.error(str(error))
         return EXIT_USAGE
     try:
-        VERBS[argv[1]](name, HostPaths.from_environment())
+        if verb in SHARE_VERBS:
+            SHARE_VERBS[verb](name, tag, host)
+        else:
+            return VERBS[verb](name, host) or 0
     except MicrovmHostError as error:
         log.status(str(error))
         log.error(str(error), vm=name)

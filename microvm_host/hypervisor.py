@@ -3,8 +3,9 @@
 
 Both run as the VM's user in the VM's state directory, by microvm@.service. Starting ends in
 execve(2), so that the unit's main process is the hypervisor itself. Stopping is a ladder: the
-package's own script, waiting for the main process whatever the script returned, and then systemd
-with SIGTERM and SIGKILL. The only proof of a stop is that the main process has ended.
+package's own script, the hypervisor's power button where its control socket is known, SIGTERM,
+SIGKILL. Whatever these return, the main process is waited for: that it has ended is the only proof
+of a stop. Each rung is logged with its time, and the last line says which it was.
 """
 
 from __future__ import annotations
@@ -12,14 +13,42 @@ from __future__ import annotations
 import os
 import select
 import time
-from _signal import SIGKILL  # `signal` wraps it in an enum, for 5 ms
+from _signal import SIGKILL, SIGTERM, pidfd_send_signal  # `signal` makes enums of them, for 5 ms
 
 from . import log
 from .errors import MicrovmHostError, PackageError
+from .frozen import frozen
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import NoReturn
+    from collections.abc import Sequence
+    from typing import NoReturn, Protocol
+
+    from .control import Pressed
+
+    class Asking(Protocol):
+        """A guest that was asked, and what asked it."""
+
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *_: object) -> None:
+            """Let go of it: the guest has gone, or is asked anew."""
+
+        def report(self, clock: Clock) -> None:
+            """Log what there is to say while it is waited for."""
+
+        def heard(self) -> str | None:
+            """How the guest ended, if the hypervisor has said so: one of control's words."""
+
+    class Way(Protocol):
+        """A way to ask the guest."""
+
+        name: str
+        # Whether one that failed is worth another try.
+        may_work_later: bool
+
+        def ask(self, _within: float) -> Asking:
+            """Ask. Raises MicrovmHostError if that cannot be done, within so many seconds."""
 
 
 def become(program: str, package: str, hypervisor: str = "the hypervisor") -> NoReturn:
@@ -49,9 +78,25 @@ def become(program: str, package: str, hypervisor: str = "the hypervisor") -> No
         ) from error
 
 
-# A guest that still boots misses the button: it is pressed again.
-ASK_AGAIN_AFTER = 10.0  # seconds
 SCRIPT_ENDS_WITHIN = 1.0  # seconds
+# How long the hypervisor may take to answer on its control socket; it does so within milliseconds.
+BUTTON_WITHIN = 5.0  # seconds
+# Nothing outlives SIGKILL but what hangs in the kernel.
+KILLED_WITHIN = 5.0  # seconds
+# sd_notify(3): while the helper lives, systemd's own patience is not what ends a stop.
+EXTENSION = 20.0  # seconds
+
+
+@frozen
+class Times:
+    """How long the rungs of a stop take, in seconds."""
+
+    # As long as a systemd in the guest gives each of its own services (DefaultTimeoutStopSec=).
+    guest: float = 90.0
+    # A guest that still boots misses the request, and one without a keyboard Ctrl-Alt-Del.
+    ask_again: float = 10.0
+    # From SIGTERM to SIGKILL.
+    terminate: float = 10.0
 
 
 class Clock:
@@ -65,16 +110,15 @@ class Clock:
         return time.monotonic() - self._start
 
 
-def stop(main_pid: int, script: str | None, patience: float) -> None:
-    """Ask the guest to shut down and wait until the hypervisor has ended.
+def stop(main_pid: int, ways: Sequence[Way], times: Times) -> None:
+    """Ask the guest to shut down, wait until the hypervisor has ended, and end it if need be.
 
     Args:
         main_pid: of the hypervisor.
-        script: the package's `bin/microvm-shutdown`, if it has one.
-        patience: seconds to wait at most.
+        ways: how the guest can be asked, in the order in which to try them.
 
     Raises:
-        MicrovmHostError: it runs on; systemd is to end it.
+        MicrovmHostError: the guest did not shut down, and was ended by force.
     """
     try:
         # Not the number, which may come to mean another process: pidfd_open(2).
@@ -82,39 +126,128 @@ def stop(main_pid: int, script: str | None, patience: float) -> None:
     except ProcessLookupError:
         log.info("the hypervisor has ended by itself")
         return
-    if script is None:
-        os.close(main)
-        log.notice("the package has no bin/microvm-shutdown: ending the hypervisor by SIGTERM")
-        return
     clock = Clock()
-    times = 0
     try:
-        while not _ended(main, within=0):
-            if clock.seconds >= patience:
+        if not ways:
+            log.notice(
+                "the package has neither bin/microvm-shutdown nor a control socket: ending the "
+                "hypervisor by SIGTERM"
+            )
+            if _signalled(main, SIGTERM, times.terminate):
+                log.info(f"the hypervisor ended by SIGTERM in {clock.seconds:.1f} s")
+                return
+            reason = f"the hypervisor does not end within {times.terminate:g} s"
+        else:
+            reason = _ask_until_ended(main, list(ways), times, clock)
+            if not reason:
+                return
+            log.error(f"at {clock.seconds:.1f} s: {reason}: sending SIGTERM to the hypervisor")
+            if _signalled(main, SIGTERM, times.terminate):
                 raise MicrovmHostError(
-                    f"the guest did not shut down within {patience:.0f} s: ending the "
-                    "hypervisor by force",
-                    path=script,
-                    hint="MICROVM_SHUTDOWN_SECONDS in a drop-in of the unit gives it longer",
+                    f"the hypervisor ended by SIGTERM after {clock.seconds:.1f} s, the guest was "
+                    "not shut down",
+                    hint="shutdown_timeout in its declaration, or MICROVM_SHUTDOWN_SECONDS in a "
+                    "drop-in of the unit, gives it longer",
                 )
-            times += 1
-            _ask(script, main, clock, until=min(clock.seconds + ASK_AGAIN_AFTER, patience))
+        log.error(f"at {clock.seconds:.1f} s: {reason}: sending SIGKILL to the hypervisor")
+        if _signalled(main, SIGKILL, KILLED_WITHIN):
+            raise MicrovmHostError(
+                f"the hypervisor was killed after {clock.seconds:.1f} s, the guest was not shut "
+                "down"
+            )
+        raise MicrovmHostError(
+            f"the hypervisor, process {main_pid}, has not even ended by SIGKILL: it hangs in the "
+            "kernel",
+            hint="the kernel's log may say on which device",
+        )
     finally:
         os.close(main)
-    asked = "once" if times == 1 else f"{times} times"
-    told = f"the guest shut down in {clock.seconds:.1f} s, its package's script asked {asked}"
+
+
+def _ask_until_ended(main: int, ways: list[Way], times: Times, clock: Clock) -> str:
+    """Ask in each way in turn; gives why the guest has not shut down, nothing if it has."""
+    asked: list[str] = []
+    said: set[str] = set()
+    turn = 0
+    heard = None
+    while not _ended(main, within=0):
+        if clock.seconds >= times.guest:
+            return f"the guest did not shut down within {times.guest:g} s"
+        way = ways[turn % len(ways)]
+        until = min(clock.seconds + times.ask_again, times.guest)
+        _tell_systemd(f"Asking the guest to shut down by {way.name}, {clock.seconds:.0f} s")
+        try:
+            asking = way.ask(min(BUTTON_WITHIN, until - clock.seconds))
+        except MicrovmHostError as error:
+            if str(error) not in said:
+                said.add(str(error))
+                log.warning(f"at {clock.seconds:.1f} s: {error}")
+            if not way.may_work_later:
+                ways.remove(way)
+                if not ways:
+                    return "the guest cannot be asked"
+            elif len(ways) == 1 or turn % len(ways) == len(ways) - 1:
+                # Once round. A hypervisor that has just begun does not listen yet.
+                _ended(main, within=min(1.0, max(times.guest - clock.seconds, 0)))
+                turn += 1
+            else:
+                turn += 1
+            continue
+        turn += 1
+        asked.append(way.name)
+        log.info(f"at {clock.seconds:.1f} s: asked the guest to shut down by {way.name}")
+        with asking:
+            while clock.seconds < until:
+                _tell_systemd(f"Waiting for the guest to shut down, {clock.seconds:.0f} s")
+                if _ended(main, within=min(1.0, max(until - clock.seconds, 0))):
+                    break
+                asking.report(clock)
+            heard = asking.heard() or heard
+    if not asked:
+        log.info(f"the hypervisor ended in {clock.seconds:.1f} s, before it could be asked")
+        return ""
+    by = f"asked once, by {asked[0]}"
+    if len(asked) > 1:
+        by = f"asked {len(asked)} times, at last by {asked[-1]}"
+    how = f"{_HEARD[heard]} " if heard else "the guest shut down "
+    told = f"{how}in {clock.seconds:.1f} s, {by}"
     log.info(told)
     log.status(told)
+    return ""
 
 
-def _ask(script: str, main: int, clock: Clock, *, until: float) -> None:
-    """Run the script, and wait for the main process until the clock shows `until`."""
-    with _Asked(script) as asked:
-        while clock.seconds < until:
-            log.status(f"Waiting for the guest to shut down, {clock.seconds:.0f} s")
-            if _ended(main, within=min(1.0, max(until - clock.seconds, 0))):
-                return
-            asked.report(clock)
+# control's words. Ctrl-Alt-Del makes most guests reboot, which ends the hypervisor as well.
+_HEARD = {
+    "powered-off": "the guest powered off",
+    "rebooted": "the guest shut down to reboot",
+    "panicked": "the guest's kernel panicked",
+}
+
+
+def _tell_systemd(status: str) -> None:
+    log.notify(f"STATUS={status}\nEXTEND_TIMEOUT_USEC={EXTENSION * 1e6:.0f}")
+
+
+def _signalled(main: int, signal: int, within: float) -> bool:
+    """Send a signal; whether the hypervisor has ended within that many seconds.
+
+    Raises:
+        MicrovmHostError: it runs as somebody else; systemd is to end it.
+    """
+    try:
+        pidfd_send_signal(main, signal)
+    except ProcessLookupError:
+        return True
+    except PermissionError as error:
+        raise MicrovmHostError(
+            "the hypervisor runs as another user than its unit: leaving it to systemd"
+        ) from error
+    clock = Clock()
+    while clock.seconds < within:
+        _tell_systemd(f"Ending the hypervisor by force, {clock.seconds:.0f} s")
+        if _ended(main, within=min(1.0, max(within - clock.seconds, 0))):
+            return True
+    return False
 
 
 def _ended(main: int, *, within: float) -> bool:
@@ -123,7 +256,60 @@ def _ended(main: int, *, within: float) -> bool:
     return bool(poll.poll(within * 1000))
 
 
-class _Asked:
+class Script:
+    """The package's `bin/microvm-shutdown`, by its path."""
+
+    name = "its package's script"
+    may_work_later = False
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def ask(self, _within: float) -> Asking:
+        return _RunningScript(self._path)
+
+
+class Button:
+    """The hypervisor's own power button, behind its control socket."""
+
+    may_work_later = True
+
+    def __init__(self, protocol: str, path: str) -> None:
+        self.name = f"the power button ({protocol})"
+        self._protocol = protocol
+        self._path = path
+
+    def ask(self, within: float) -> Asking:
+        # Most guests have gone by their script before this is needed.
+        from . import control
+
+        pressed = control.press(self._protocol, self._path, within)
+        if pressed.remark:
+            log.warning(pressed.remark)
+        return _PressedButton(pressed)
+
+
+class _PressedButton:
+    """The connection is held, since by it QEMU says what became of the guest."""
+
+    def __init__(self, pressed: Pressed) -> None:
+        self._pressed = pressed
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        # Before the next round: QEMU has one client at a time, and the script is one, too.
+        self._pressed.close()
+
+    def report(self, clock: Clock) -> None:
+        pass
+
+    def heard(self) -> str | None:
+        return self._pressed.heard()
+
+
+class _RunningScript:
     """The running shutdown script.
 
     Its standard input is held open: QEMU's waits on it for the guest, and would return at once at
@@ -133,8 +319,6 @@ class _Asked:
     def __init__(self, script: str) -> None:
         self._script = script
         self._returned = False
-
-    def __enter__(self) -> _Asked:
         stdin, self._stdin = os.pipe()
         try:
             self._pid = os.posix_spawn(
@@ -147,13 +331,17 @@ class _Asked:
         except OSError as error:
             os.close(self._stdin)
             raise MicrovmHostError(
-                f"cannot be executed, so the guest cannot be asked: {error.strerror}; ending the "
-                "hypervisor by force",
+                f"cannot be executed, so that it cannot ask the guest: {error.strerror}",
                 path=self._script,
             ) from error
         finally:
             os.close(stdin)
-        return self
+
+    def __enter__(self) -> None:
+        pass
+
+    def heard(self) -> str | None:
+        return None
 
     def report(self, clock: Clock) -> None:
         """Log it once when the script has returned, and believe nothing of it."""

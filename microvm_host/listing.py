@@ -12,6 +12,7 @@ import os
 from . import names, systemd
 from .errors import MicrovmHostError, NameInvalid
 from .frozen import frozen
+from .record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ class Row:
     newest: Version | None = None
     # Why there is nothing to tell.
     problem: str = ""
+    # Tags of shares whose virtiofsd has failed under the running guest.
+    lost: tuple[str, ...] = ()
 
     @property
     def runs(self) -> bool:
@@ -87,6 +90,8 @@ class Row:
             return f"systemctl restart {unit}"
         if self.active == "failed":
             return f"systemctl status {unit}"
+        if self.lost:
+            return f"systemctl restart {unit}"
         return None if self.runs else f"systemctl start {unit}"
 
 
@@ -114,10 +119,13 @@ def rows(
                 f"there is no microVM {name}", path=host.vm(name), hint="`microvm list` lists them"
             )
     active = systemd.states(
-        names.unit("*"), "microvm-foreground-*.service", *names.set_up_units("*")
+        names.unit("*"),
+        "microvm-foreground-*.service",
+        "microvm-virtiofsd-*.service",
+        *names.set_up_units("*"),
     )
     return [
-        _row(name, _active(name, active), host, newest_by_nix)
+        _row(name, _active(name, active), _lost(name, active, host), host, newest_by_nix)
         for name in only or sorted(present)
         if only or os.path.isdir(host.vm(name))
     ]
@@ -133,6 +141,17 @@ def _active(name: str, active: dict[str, str]) -> str:
     return state
 
 
+def _lost(name: str, active: dict[str, str], host: HostPaths) -> tuple[str, ...]:
+    """The shares whose virtiofsd has failed and was not started again since."""
+    return tuple(
+        dict.fromkeys(
+            tag
+            for _, tag in Record(host.record(name, "lost-shares")).read()
+            if active.get(names.share_unit(name, tag, ".service")) != "active"
+        )
+    )
+
+
 def _is_name(text: str) -> bool:
     try:
         names.vm_name(text)
@@ -144,6 +163,7 @@ def _is_name(text: str) -> bool:
 def _row(
     name: str,
     active: str,
+    lost: tuple[str, ...],
     host: HostPaths,
     newest_by_nix: Callable[[str, Source], Version | None] | None,
 ) -> Row:
@@ -159,7 +179,7 @@ def _row(
             else f"no package in {host.vm(name)}"
         )
         return Row(name, active, None, booted, problem=problem)
-    return Row(name, active, current, booted, _newest(name, host, newest_by_nix))
+    return Row(name, active, current, booted, _newest(name, host, newest_by_nix), lost=lost)
 
 
 def _version(link: str) -> Version | None:
@@ -225,6 +245,9 @@ def as_text(row: Row, paint: Callable[[str, str], str]) -> str:
         return f"{text}, {paint('red', 'failed')}: {command}"
     if not row.runs:
         return f"{text}, not booted: {command}"
+    if row.lost:
+        lost = f"lost share {', '.join(row.lost)}"
+        return f"{text}, {paint('red', lost)}: {command}"
     return text if row.active == "active" else f"{text}, {row.active}"
 
 
@@ -251,5 +274,6 @@ def as_json(row: Row) -> dict[str, Any]:
         "booted": version(row.booted),
         "newest": version(row.newest),
         "command": row.command,
+        "lost_shares": list(row.lost),
         "problem": row.problem or None,
     }

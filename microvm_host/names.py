@@ -141,6 +141,20 @@ def escape(text: str) -> str:
     return "".join(escaped)
 
 
+def unescape(text: str) -> str:
+    """Undo `escape`; raises NameInvalid for what it never gives."""
+    parts = text.replace("-", "/").split("\\x")
+    found = parts[0].encode()
+    for part in parts[1:]:
+        if len(part) < 2 or not _HEX.issuperset(part[:2]):
+            raise NameInvalid(f"{text!r} is not an escaped name")
+        found += bytes((int(part[:2], 16),)) + part[2:].encode()
+    try:
+        return found.decode()
+    except UnicodeDecodeError as error:
+        raise NameInvalid(f"{text!r} is not an escaped name") from error
+
+
 def unit(name: str) -> str:
     """The unit that runs a VM. Names of VMs need no escaping."""
     return f"microvm@{name}.service"
@@ -173,3 +187,14 @@ def share_unit(name: str, tag: str, suffix: str) -> str:
     tag `c` do not meet in one name.
     """
     return f"microvm-virtiofsd-{escape(name)}-{escape(tag)}{suffix}"
+
+
+def share_lost_unit(name: str, tag: str) -> str:
+    """The unit that is started when the virtiofsd of one share fails."""
+    return f"microvm-share-lost@{escape(name)}-{escape(tag)}.service"
+
+
+def share_of(instance: str) -> tuple[str, str]:
+    """The VM and the tag that the instance of such a unit stands for; raises NameInvalid."""
+    name, _, tag = instance.partition("-")
+    return vm_name(unescape(name)), share_tag(unescape(tag))

@@ -102,6 +102,7 @@ class Package:
     vsock_cid: int | None = None
     readiness: str = "exec"
     control_socket: ControlSocket | None = None
+    event_log: str | None = None
     machine_uuid: str | None = None
 
     @property
@@ -135,6 +136,7 @@ def load(path: str) -> Package:
         vsock_cid=reader.vsock_cid(),
         readiness=reader.choice(f"{SHARE}/readiness", READINESS) or "exec",
         control_socket=reader.control_socket(),
+        event_log=reader.one(f"{SHARE}/event-log", _relative),
         machine_uuid=reader.one(f"{SHARE}/machine-uuid", names.machine_uuid),
     )
 
@@ -543,6 +545,13 @@ def _share_source(text: str) -> str:
     if not text:
         raise NameInvalid("the share's source is empty")
     return text
+
+
+def _relative(text: str) -> str:
+    """A file's path below the state directory."""
+    if text.startswith("/"):
+        raise NameInvalid(f"{text!r} is absolute", hint="give a path below the state directory")
+    return _relative_or_absolute(text)
 
 
 def _relative_or_absolute(text: str) -> str:

@@ -100,6 +100,11 @@ class ServeShare:
         properties: dict[str, tuple[str, object]] = {
             **_common(self.vm, f"Share {self.share.tag} of microVM {self.vm}"),
             **_command(argv),
+            # What is shared may lie on any of these, and is in use until this has ended.
+            "After": ("as", ["local-fs.target", "remote-fs.target"]),
+            # It is not started anew by itself: a new one knows nothing of the files that the guest
+            # has open. The socket still starts one for a hypervisor that connects anew.
+            "OnFailure": ("as", [names.share_lost_unit(self.vm, self.share.tag)]),
             "LimitNOFILE": ("t", OPEN_FILES),
             # Not even a virtiofsd that the guest took over writes to a read-only share.
             **({"ReadOnlyPaths": ("as", [self.source])} if self.share.read_only else {}),

@@ -224,7 +224,9 @@ def status(vm: str, as_json: bool) -> None:
         *(
             (
                 "share",
-                f"{share.tag} → {share.source}" + (" (read-only)" if share.read_only else ""),
+                f"{share.tag} → {share.source}"
+                + (" (read-only)" if share.read_only else "")
+                + (" (lost: its virtiofsd has ended)" if share.tag in row.lost else ""),
             )
             for share in package.shares
         ),

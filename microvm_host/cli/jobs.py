@@ -145,8 +145,10 @@ def run_in_foreground(vm: str, host: HostPaths) -> NoReturn:
         "After": " ".join(set_up),
         "Conflicts": names.unit(vm),
         "Type": "exec",
+        # What stops it extends its time as long as it waits for the guest.
+        "NotifyAccess": "exec",
         "ExecStop": f"{helper} stop {vm}",
-        "TimeoutStopSec": "150",
+        "TimeoutStopSec": "60",
         "KillMode": "mixed",
         "User": found["User"],
         "Group": found["Group"],

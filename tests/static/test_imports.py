@@ -24,10 +24,10 @@ PACKAGE = REPOSITORY / "microvm_host"
 LAYERS: tuple[set[str], ...] = (
     {"errors", "frozen", "vsock"},
     {"names", "paths", "identity", "interpreter", "process", "record", "source", "state", "sysfs"},
-    {"declaration", "interfaces", "log", "pcibus", "runner"},
+    {"declaration", "interfaces", "log", "pcibus", "runner", "control"},
     {"hostuse", "nodes", "pciids", "plan", "systemd"},
     # What changes the host; these do not know of each other.
-    {"links", "pci", "shares", "hypervisor"},
+    {"links", "pci", "shares", "hypervisor", "aftermath"},
     {"install", "listing", "pcilisting"},
     {"apply"},
     # Entry points, which nothing imports.
@@ -189,7 +189,8 @@ def test_generator_imports_little(tmp_path: Path) -> None:
     costly |= {"asyncio", "json", "argparse", "logging", "pathlib", "shutil", "tempfile", "socket"}
     assert not found & costly
     assert {name for name in found if name.startswith("microvm_host")} == ours(
-        "declaration", "errors", "frozen", "generator", "log", "names", "paths", "source"
+        *("declaration", "declaration.checks", "errors", "frozen", "generator", "log", "names"),
+        *("paths", "source"),
     )
 
 
@@ -226,6 +227,8 @@ BUDGET: dict[str, set[str]] = {
     "virtiofsd-down": SYSTEMD | ours("plan", "shares"),
     "start": ours("hypervisor") | {"_signal", "select", "time"},
     "stop": ours("hypervisor") | {"_signal", "select", "time"},
+    # After the hypervisor has gone.
+    "ended": ours("aftermath", "control", "process") | {"time"},
 }
 # Loaded by the importing of extension modules and by `python -c`, whatever the code.
 MACHINERY = {"importlib", "importlib._bootstrap", "importlib._bootstrap_external"} | {
@@ -283,6 +286,10 @@ def root(tmp_path: Path) -> Path:
     (tmp_path / "lib/pystemd/dbuslib.py").write_text(
         FAKE_PYSTEMD.replace("USER", repr(str(os.getuid()).encode()))
     )
+    # A host that has no jobs.
+    (tmp_path / "programs").mkdir()
+    (tmp_path / "programs/systemctl").write_text("#!/bin/sh\necho Restart=always\n")
+    (tmp_path / "programs/systemctl").chmod(0o755)
     # Costly, as the real one is: nobody is to load it.
     (tmp_path / "lib/pystemd/__init__.py").write_text("import dataclasses, json\n")
     return tmp_path
@@ -329,6 +336,7 @@ if code: sys.exit(code)
     # A process that is there no more, so that there is nobody to wait for.
     child = os.posix_spawn("/bin/true", ["true"], {})
     os.waitpid(child, 0)
-    found = loaded(code, root, MAINPID=str(child))
+    path = f"{root}/programs:/usr/bin:/bin"
+    found = loaded(code, root, MAINPID=str(child), PATH=path)
     assert not found & COSTLY
     assert found <= ALWAYS | BUDGET[verb] | MACHINERY

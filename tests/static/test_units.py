@@ -27,7 +27,7 @@ HARDENING = re.compile(
     r"|MemoryDenyWriteExecute|LockPersonality|UMask|Limit\w+|KillMode|Restart\w*|Timeout\w+)="
 )
 # Where a reason would only say the same again.
-PLAIN = {"TimeoutStartSec=60", "RestartSec=5s"}
+PLAIN = {"TimeoutStartSec=60"}
 
 named = pytest.mark.parametrize("path", UNITS, ids=lambda path: path.name)
 
@@ -45,6 +45,7 @@ def values(name: str, key: str) -> list[str]:
 def test_each_unit_is_known_here() -> None:
     assert [path.name for path in UNITS] == sorted(
         [*SET_UP, "install-microvm@.service.in", "microvm@.service.in"]
+        + ["microvm-share-lost@.service.in"]
         + ["microvm-undo@.target", "microvms.target"]
     )
 
@@ -76,10 +77,14 @@ def test_hardening_has_its_reason_beside_it(path: Path) -> None:
         before = line
 
 
-@pytest.mark.parametrize("name", [*SET_UP, "install-microvm@.service.in"])
+@pytest.mark.parametrize(
+    "name", [*SET_UP, "install-microvm@.service.in", "microvm-share-lost@.service.in"]
+)
 def test_root_is_bounded_or_it_is_said_why_not(name: str) -> None:
     text = "\n".join(lines(name))
-    bounded = values(name, "CapabilityBoundingSet") and values(name, "NoNewPrivileges") == ["yes"]
+    bounded = values(name, "NoNewPrivileges") == ["yes"] and any(
+        line.startswith("CapabilityBoundingSet=") for line in lines(name)
+    )
     assert bounded or "# No sandbox" in text
     assert "# No " in text and "sandbox" in text
 
@@ -112,18 +117,24 @@ def test_set_up_follows_set_booted_and_is_skipped_where_not_asked_for(name: str)
     assert condition.startswith("@statedir@/%i/booted/share/microvm/")
 
 
-@pytest.mark.parametrize("name", [*SET_UP, "install-microvm@.service.in", "microvm@.service.in"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *SET_UP,
+        *("install-microvm@.service.in", "microvm-share-lost@.service.in", "microvm@.service.in"),
+    ],
+)
 def test_services(name: str) -> None:
     assert values(name, "StartLimitIntervalSec") == ["0"]
     assert values(name, "Slice") == ["machine.slice"]
     for key in ("ExecStart", "ExecStop", "ExecStopPost"):
         for line in lines(name):
             if line.startswith(f"{key}="):
-                assert re.fullmatch(rf"{key}=@libexecdir@/helper [a-z-]+ %i", line)
+                assert re.fullmatch(rf"{key}=\+?@libexecdir@/helper [a-z-]+ %i", line)
 
 
 def test_verbs_are_the_helpers() -> None:
-    from microvm_host.helper import VERBS
+    from microvm_host.helper import SHARE_VERBS, VERBS
 
     used = {
         line.split()[1]
@@ -131,7 +142,7 @@ def test_verbs_are_the_helpers() -> None:
         for line in lines(path.name)
         if line.startswith(("ExecStart=", "ExecStop=", "ExecStopPost="))
     }
-    assert used == set(VERBS)
+    assert used == {*VERBS, *SHARE_VERBS}
 
 
 def test_vm() -> None:
@@ -139,6 +150,10 @@ def test_vm() -> None:
     assert values(name, "Type") == ["notify"]
     assert values(name, "RestartPreventExitStatus") == ["78"]
     assert values(name, "KillMode") == ["mixed"]
+    # The one command of root's in there: it keeps count where the VM's user must not write.
+    assert [line for line in lines(name) if "=+" in line] == [
+        "ExecStopPost=+@libexecdir@/helper ended %i"
+    ]
     assert values(name, "WorkingDirectory") == ["@statedir@/%i"]
     assert (values(name, "User"), values(name, "Group")) == (["microvm"], ["kvm"])
     assert values(name, "WantedBy") == ["microvms.target"]

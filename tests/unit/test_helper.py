@@ -39,7 +39,12 @@ def run(*arguments: str) -> int:
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["start"], ["no-such", "web"], ["start", "web", "more"], ["start", "a/b"]]
+    "arguments",
+    [
+        *([], ["start"], ["no-such", "web"], ["start", "web", "more"], ["start", "a/b"]),
+        *(["share-lost", "web"], ["share-lost", "web-"], ["share-lost", "web-..-x"]),
+        ["share-lost", "we\\xzz-data"],
+    ],
 )
 def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*arguments) == 2
@@ -48,6 +53,9 @@ def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
 
 def test_booted_and_not(host: HostPaths, web: Path) -> None:
     packages.put(web, "share/microvm/hypervisor", "qemu\n")
+    packages.put(web, "share/microvm/control-socket", "web.sock\n")
+    packages.put(web, "share/microvm/control-protocol", "qmp\n")
+    packages.put(web, "share/microvm/event-log", "web.events\n")
     assert run("set-booted", "web") == 0
     assert os.readlink(host.booted("web")) == str(web)
     assert os.stat(host.vm("web")).st_mode & 0o7777 == 0o1771
@@ -55,6 +63,8 @@ def test_booted_and_not(host: HostPaths, web: Path) -> None:
     assert lines == [
         ["user", "me", str(os.getuid()), "us", str(os.getgid())],
         ["hypervisor", "qemu"],
+        ["control", "qmp", "web.sock"],
+        ["event-log", "web.events"],
     ]
     # Once more, as after a boot that was cut short.
     assert run("set-booted", "web") == 0
@@ -106,7 +116,31 @@ def test_stop_of_what_has_ended(
     monkeypatch.setenv("MICROVM_SHUTDOWN_SECONDS", "soon")
     assert run("stop", "web") == 0
     err = capsys.readouterr().err
-    assert "MICROVM_SHUTDOWN_SECONDS='soon' is no number: 90 it is" in err
+    assert "MICROVM_SHUTDOWN_SECONDS='soon' is no time in seconds: 90 it is" in err
+
+
+@pytest.mark.parametrize("text", ["soon", "nan", "inf", "-1", "0", "1e9", "0x9"])
+def test_times_that_are_none(
+    text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("X", text)
+    assert helper._seconds("X", 7.5) == 7.5
+    assert capsys.readouterr().err == f"X={text!r} is no time in seconds: 7.5 it is\n"
+    monkeypatch.setenv("X", "0.25")
+    assert helper._seconds("X", 7.5) == 0.25
+    monkeypatch.delenv("X")
+    assert helper._seconds("X", 7.5) == 7.5
+
+
+@pytest.mark.parametrize("text", ["many", "-1", "1.5", "1e9", "\u0663", "9" * 12])
+def test_numbers_that_are_none(
+    text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("X", text)
+    assert helper._number("X", 7) == 7
+    assert capsys.readouterr().err == f"X={text!r} is no number: 7 it is\n"
+    monkeypatch.setenv("X", "0")
+    assert helper._number("X", 7) == 0
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from microvm_host import hypervisor, log
 from microvm_host.errors import MicrovmHostError, PackageError
+from microvm_host.hypervisor import Times
 
 from . import packages
+
+if TYPE_CHECKING:
+    from microvm_host.hypervisor import Way
 
 REPOSITORY = Path(__file__).parents[2]
 Start = Callable[[str], subprocess.Popen[bytes]]
@@ -26,7 +31,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     lines: list[str] = []
     for word in ("info", "notice", "warning", "error"):
         monkeypatch.setattr(log, word, lambda text, word=word: lines.append(f"{word}: {text}"))
-    monkeypatch.setattr(log, "status", lambda text: None)
+    monkeypatch.setattr(log, "notify", lambda text: None)
     return lines
 
 
@@ -48,8 +53,18 @@ def main() -> Iterator[Start]:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hypervisor, "ASK_AGAIN_AFTER", 0.25)
     monkeypatch.setattr(hypervisor, "SCRIPT_ENDS_WITHIN", 0.1)
+
+
+AGAIN = 0.25
+
+
+def stop(
+    main_pid: int, *ways: str | Way, guest: float = 20, ask_again: float = 10, terminate: float = 5
+) -> None:
+    """Stop a process; a string is the path of a script."""
+    found = [hypervisor.Script(way) if isinstance(way, str) else way for way in ways]
+    hypervisor.stop(main_pid, found, Times(guest, ask_again, terminate))
 
 
 def script(tmp_path: Path, body: str) -> str:
@@ -76,27 +91,38 @@ def left_of(marker: str) -> list[str]:
 def test_ended_already(said: list[str]) -> None:
     child = subprocess.Popen(["/bin/true"])
     child.wait()
-    hypervisor.stop(child.pid, "/nonexistent", 5)
+    stop(child.pid, "/nonexistent")
     assert said == ["info: the hypervisor has ended by itself"]
 
 
-def test_without_a_script(main: Start, said: list[str]) -> None:
-    child = main("sleep 60")
-    hypervisor.stop(child.pid, None, 5)
-    assert child.poll() is None
+def test_without_any_way_to_ask(main: Start, said: list[str]) -> None:
+    child = main("exec sleep 60")
+    stop(child.pid)
+    assert child.wait(1) == -15
     assert said == [
-        "notice: the package has no bin/microvm-shutdown: ending the hypervisor by SIGTERM"
+        "notice: the package has neither bin/microvm-shutdown nor a control socket: ending the "
+        "hypervisor by SIGTERM",
+        "info: the hypervisor ended by SIGTERM in 0.0 s",
     ]
+
+
+def test_without_any_way_to_ask_and_deaf(main: Start, said: list[str], tmp_path: Path) -> None:
+    child = deaf(main, tmp_path)
+    with pytest.raises(MicrovmHostError, match="was killed after 0"):
+        stop(child.pid, terminate=0.3)
+    assert child.wait(1) == -9
+    assert said[1].startswith("error: at 0.3 s: the hypervisor does not end within 0.3 s: sending")
 
 
 def test_script_that_ends_it(main: Start, said: list[str], tmp_path: Path) -> None:
     child = main("exec sleep 60")
     began = time.monotonic()
-    hypervisor.stop(child.pid, script(tmp_path, f"kill {child.pid}"), 20)
+    stop(child.pid, script(tmp_path, f"kill {child.pid}"))
     assert time.monotonic() - began < 5
     assert child.wait(1) == -15
-    assert said[-1].startswith("info: the guest shut down in 0.")
-    assert said[-1].endswith("its package's script asked once")
+    assert said[0] == "info: at 0.0 s: asked the guest to shut down by its package's script"
+    assert said[1].startswith("info: the guest shut down in 0.")
+    assert said[1].endswith("s, asked once, by its package's script")
 
 
 @pytest.mark.usefixtures("quick")
@@ -105,20 +131,18 @@ def test_script_that_returns_at_once_is_not_believed(
 ) -> None:
     # The guest takes its time; the script is back long before.
     child = main(f"while [ ! -e {tmp_path}/asked ]; do sleep 0.05; done; sleep 0.5")
-    hypervisor.stop(child.pid, script(tmp_path, f"touch {tmp_path}/asked"), 20)
+    stop(child.pid, script(tmp_path, f"touch {tmp_path}/asked"), ask_again=AGAIN)
     assert child.wait(1) == 0
     assert "info: the guest shut down in" in said[-1]
 
 
-def test_what_the_script_returned_is_logged(
-    main: Start, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_the_script_returned_is_logged(main: Start, said: list[str], tmp_path: Path) -> None:
     child = main(f"while [ ! -e {tmp_path}/asked ]; do sleep 0.05; done; sleep 1.2")
     path = script(tmp_path, f"touch {tmp_path}/asked; exit 3")
-    hypervisor.stop(child.pid, path, 20)
-    assert said[0].startswith(f"warning: {path} returned 3 after 1.0 s, and the guest still runs")
-    assert said[1].startswith("info: the guest shut down in 1.")
-    assert len(said) == 2
+    stop(child.pid, path)
+    assert said[1].startswith(f"warning: {path} returned 3 after 1.0 s, and the guest still runs")
+    assert said[2].startswith("info: the guest shut down in 1.")
+    assert len(said) == 3
 
 
 @pytest.mark.usefixtures("quick")
@@ -127,9 +151,9 @@ def test_standard_input_is_held_open(main: Start, said: list[str], tmp_path: Pat
     child = main("exec sleep 60")
     body = f"cat >/dev/null; touch {tmp_path}/end-of-input; kill {child.pid}; sleep 60"
     began = time.monotonic()
-    hypervisor.stop(child.pid, script(tmp_path, body), 20)
+    stop(child.pid, script(tmp_path, body), ask_again=AGAIN)
     # Its input ended when it was to be asked again, not at once.
-    assert time.monotonic() - began >= hypervisor.ASK_AGAIN_AFTER
+    assert time.monotonic() - began >= AGAIN
     assert (tmp_path / "end-of-input").exists()
     assert said[-1].startswith("info: the guest shut down in")
 
@@ -142,7 +166,7 @@ def test_script_that_hangs_is_killed_with_what_it_started(
     marker = f"60.{os.getpid()}"
     path = script(tmp_path, f"trap '' TERM HUP; sleep {marker} & sleep {marker}")
     with pytest.raises(MicrovmHostError):
-        hypervisor.stop(child.pid, path, 0.4)
+        stop(child.pid, path, guest=0.4, ask_again=AGAIN)
     deadline = time.monotonic() + 5
     while left_of(marker) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -150,18 +174,40 @@ def test_script_that_hangs_is_killed_with_what_it_started(
 
 
 @pytest.mark.usefixtures("quick")
-def test_patience_ends(main: Start, said: list[str], tmp_path: Path) -> None:
+def test_patience_ends_in_sigterm(main: Start, said: list[str], tmp_path: Path) -> None:
     child = main("exec sleep 60")
     began = time.monotonic()
     with pytest.raises(MicrovmHostError) as caught:
-        hypervisor.stop(child.pid, script(tmp_path, "exit 0"), 1)
+        stop(child.pid, script(tmp_path, "exit 0"), guest=1, ask_again=AGAIN)
     assert 1 <= time.monotonic() - began < 4
-    assert child.poll() is None
-    assert "the guest did not shut down within 1 s: ending the hypervisor by force" in str(
-        caught.value
+    assert child.wait(1) == -15
+    assert said[-1].startswith("error: at 1.")
+    assert said[-1].endswith(
+        "s: the guest did not shut down within 1 s: sending SIGTERM to the hypervisor"
     )
+    assert "the hypervisor ended by SIGTERM after 1." in str(caught.value)
     assert "MICROVM_SHUTDOWN_SECONDS" in caught.value.hint
     assert caught.value.exit_code == 1
+
+
+def deaf(main: Start, tmp_path: Path) -> subprocess.Popen[bytes]:
+    """A process that has SIGTERM ignored already."""
+    child = main(f"trap '' TERM; touch {tmp_path}/deaf; exec sleep 60")
+    while not (tmp_path / "deaf").exists():
+        time.sleep(0.01)
+    return child
+
+
+@pytest.mark.usefixtures("quick")
+def test_sigterm_ends_in_sigkill(main: Start, said: list[str], tmp_path: Path) -> None:
+    child = deaf(main, tmp_path)
+    with pytest.raises(MicrovmHostError, match="was killed after 0"):
+        stop(child.pid, script(tmp_path, "exit 0"), guest=0.3, terminate=0.4)
+    assert child.wait(1) == -9
+    assert [line.rpartition(": ")[2] for line in said if line.startswith("error")] == [
+        "sending SIGTERM to the hypervisor",
+        "sending SIGKILL to the hypervisor",
+    ]
 
 
 @pytest.mark.usefixtures("quick")
@@ -169,8 +215,8 @@ def test_asked_again(main: Start, said: list[str], tmp_path: Path) -> None:
     # A guest that still boots misses the first two.
     child = main("exec sleep 60")
     body = f"echo >>{tmp_path}/asked; [ $(wc -l <{tmp_path}/asked) -lt 3 ] || kill {child.pid}"
-    hypervisor.stop(child.pid, script(tmp_path, body), 20)
-    assert said[-1].endswith("its package's script asked 3 times")
+    stop(child.pid, script(tmp_path, body), ask_again=AGAIN)
+    assert said[-1].endswith("s, asked 3 times, at last by its package's script")
 
 
 @pytest.mark.usefixtures("quick")
@@ -185,18 +231,88 @@ def test_script_that_cannot_run(main: Start, said: list[str], tmp_path: Path, ki
         Path(path).write_text("#!/nonexistent/sh\n")
     child = main("exec sleep 60")
     began = time.monotonic()
-    with pytest.raises(MicrovmHostError, match="the guest cannot be asked") as caught:
-        hypervisor.stop(child.pid, path, 20)
+    with pytest.raises(MicrovmHostError, match="ended by SIGTERM"):
+        stop(child.pid, path)
     # At once: nobody was asked, so that there is nothing to wait for.
     assert time.monotonic() - began < 1
-    assert caught.value.path == path
+    assert child.wait(1) == -15
+    assert said[0].startswith(f"warning: at 0.0 s: {path}: cannot be executed")
+    assert "the guest cannot be asked: sending SIGTERM" in said[1]
+
+
+class FakeWay:
+    """A way to ask that does what a list says, turn by turn: an error, or a line of shell."""
+
+    def __init__(self, name: str, turns: list[str], *, may_work_later: bool = True) -> None:
+        self.name = name
+        self.may_work_later = may_work_later
+        self.turns = turns
+
+    def ask(self, _within: float) -> FakeWay:
+        turn = self.turns.pop(0)
+        if turn.startswith("!"):
+            raise MicrovmHostError(turn)
+        subprocess.run(["/bin/sh", "-c", turn], check=True)
+        return self
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def report(self, clock: object) -> None: ...
+
+    def heard(self) -> str | None:
+        return "powered-off"
+
+
+def test_ways_take_turns(main: Start, said: list[str]) -> None:
+    child = main("exec sleep 60")
+    ways = FakeWay("a", ["true", "true"]), FakeWay("b", ["!no", f"kill {child.pid}"])
+    stop(child.pid, *ways, ask_again=0.1)
+    assert [line.partition(" s: ")[2] or line for line in said[:-1]] == [
+        "asked the guest to shut down by a",
+        "!no",
+        "asked the guest to shut down by a",
+        "asked the guest to shut down by b",
+    ]
+    assert said[-1].startswith("info: the guest powered off in 1.")
+    assert said[-1].endswith("s, asked 3 times, at last by b")
+
+
+def test_a_way_that_fails_is_tried_again_and_told_of_once(main: Start, said: list[str]) -> None:
+    # The hypervisor does not listen yet.
+    child = main("exec sleep 60")
+    stop(child.pid, FakeWay("a", ["!no", "!no", f"kill {child.pid}"]))
+    assert [line for line in said if "!no" in line] == ["warning: at 0.0 s: !no"]
+    assert said[-1].startswith("info: the guest powered off in 2.")
+
+
+def test_ended_before_it_could_be_asked(main: Start, said: list[str]) -> None:
+    child = main("sleep 0.3")
+    stop(child.pid, FakeWay("a", ["!no", "!no"]))
+    assert said[-1].endswith("s, before it could be asked")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has a process of another user")
+def test_another_users_hypervisor_is_left_to_systemd(said: list[str]) -> None:
+    child = subprocess.Popen(["/bin/sleep", "60"])
+    code = (
+        f"import os, sys; sys.path.insert(0, {str(REPOSITORY)!r})\n"
+        "from microvm_host import hypervisor\n"
+        "os.setresuid(65534, 65534, 65534)\n"
+        f"hypervisor.stop({child.pid}, [], hypervisor.Times())\n"
+    )
+    done = subprocess.run([sys.executable, "-BIS", "-c", code], capture_output=True, text=True)
+    assert "runs as another user than its unit: leaving it to systemd" in done.stderr
     assert child.poll() is None
+    child.kill()
+    child.wait()
 
 
 def test_no_descriptor_stays_open(main: Start, said: list[str], tmp_path: Path) -> None:
     before = sorted(os.listdir("/proc/self/fd"))
     child = main("exec sleep 60")
-    hypervisor.stop(child.pid, script(tmp_path, f"kill {child.pid}"), 20)
+    stop(child.pid, script(tmp_path, f"kill {child.pid}"))
     assert sorted(os.listdir("/proc/self/fd")) == before
 
 

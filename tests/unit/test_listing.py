@@ -14,6 +14,7 @@ from microvm_host.cli import table
 from microvm_host.errors import MicrovmHostError
 from microvm_host.listing import Row, Version
 from microvm_host.paths import HostPaths
+from microvm_host.record import Record
 
 from . import golden
 
@@ -31,6 +32,9 @@ ACTIVE = {
     "microvm@gone.service": "active",
     "microvm@hostile.service": "active",
     "microvm-foreground-foreground.service": "active",
+    "microvm@lost.service": "active",
+    "microvm-virtiofsd-lost-kept.service": "active",
+    "microvm-virtiofsd-lost-data.service": "failed",
 }
 
 
@@ -71,6 +75,10 @@ def scene(host: HostPaths, monkeypatch: pytest.MonkeyPatch) -> Scene:
     scene.vm("stopping", one, one)
     scene.vm("failed", one)
     scene.vm("foreground", one, one)
+    # Of three shares whose virtiofsd failed, one was connected to anew.
+    scene.vm("lost", one, one)
+    for tag in ("data", "kept", "home/a", "data"):
+        Record(host.record("lost", "lost-shares")).append("share", tag)
     # Another package of the same system is the same version.
     scene.vm("same-system", scene.package("new-2", f"{STORE}-nixos-system-web-24.11"), new)
     # Two versions whose labels are the same are told apart by all of their names.

@@ -62,6 +62,7 @@ def test_everything(tmp_path: Path) -> None:
         vsock_cid=4294967294,
         readiness="guest",
         control_socket=ControlSocket("web.sock", "cloud-hypervisor"),
+        event_log="run/events.json",
         machine_uuid="12345678-1234-1234-1234-123456789abc",
     )
     packages.write(tmp_path, whole)

@@ -428,6 +428,20 @@ CASES = (
         f"{SHARE}/control-socket",
         1,
     ),
+    Case(
+        "event-log-absolute",
+        holds(f"{SHARE}/event-log", "/etc/passwd"),
+        "'/etc/passwd' is absolute",
+        f"{SHARE}/event-log",
+        1,
+    ),
+    Case(
+        "event-log-dot-dot",
+        holds(f"{SHARE}/event-log", "../web2/log"),
+        "has a '..' in it",
+        f"{SHARE}/event-log",
+        1,
+    ),
     Case("system-file", holds(f"{SHARE}/system", "x"), "not a symbolic", f"{SHARE}/system"),
     Case("system-name", links(f"{SHARE}/system", "/a\nb"), "not printable", f"{SHARE}/system"),
     # What depends on the host is found when the shares are planned.

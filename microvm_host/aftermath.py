@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: MIT
+"""What became of a VM, and whether it is worth another start.
+
+Runs as root when a hypervisor has ended (ExecStopPost= of microvm@.service), and tells in the
+journal whether the guest powered off, rebooted or crashed, as far as the hypervisor says so.
+Whether systemd starts it again is Restart= of the unit; when, and how often in a row, is decided
+here. systemd cannot: its start limit counts an administrator's starts as well, its restart counter
+stays at zero since our set-up units are restarted with the VM, and delays that grow are not in
+systemd 252.
+
+Each end that nobody asked for, soon after the start, is a line in the record `ends`. The next start
+waits for its turn, longer each time, and after too many of them there is none. A stop that was
+asked for, or a run that was long enough, clears the record: an administrator never waits.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+from . import control, log, names, process
+from .errors import EXIT_CONFIG, MicrovmHostError
+from .frozen import frozen
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .record import Record
+
+# Seconds before the first start anew, as on NixOS; doubled for each further one in a row.
+FIRST_DELAY = 5.0
+LONGEST_DELAY = 300.0
+# So often a VM is started again in a row; 0 is for ever.
+LIMIT = 10
+# Seconds of running after which an end is not held against a VM. A guest that does one job and
+# powers off is no guest that keeps dying, so that it needs less.
+LONG_ENOUGH = 60.0
+LONG_ENOUGH_TO_FAIL = 600.0
+
+# Exit statuses that say more than that it failed. crosvm: CommandStatus in src/main.rs.
+# firecracker: FcExitCode in src/vmm/src/lib.rs.
+_STATUSES = {
+    ("crosvm", 0): control.POWERED_OFF,
+    ("crosvm", 32): control.REBOOTED,
+    ("crosvm", 33): "crashed",
+    ("crosvm", 34): control.PANICKED,
+    ("crosvm", 36): "stalled",
+    ("firecracker", 148): "filtered",
+    ("firecracker", 152): "misconfigured",
+    ("firecracker", 153): "misconfigured",
+}
+_WORDS = {
+    control.POWERED_OFF: "the guest powered itself off",
+    control.REBOOTED: "the guest rebooted",
+    control.PANICKED: "the guest's kernel panicked",
+    "crashed": "the guest crashed",
+    "stalled": "the guest stalled, and its watchdog ended it",
+    "filtered": "the hypervisor made a system call that its own filter forbids",
+    "misconfigured": "the hypervisor does not understand its configuration",
+}
+_FAILURES = (control.PANICKED, "crashed", "stalled", "filtered", "misconfigured")
+
+
+@frozen
+class End:
+    """How the main process ended, in systemd's words (systemd.exec(5), $SERVICE_RESULT)."""
+
+    result: str
+    code: str
+    status: str
+    hypervisor: str = "the hypervisor"
+
+    @classmethod
+    def from_environment(cls, hypervisor: str = "the hypervisor") -> End:
+        get = os.environ.get
+        return cls(
+            get("SERVICE_RESULT", ""), get("EXIT_CODE", ""), get("EXIT_STATUS", ""), hypervisor
+        )
+
+    @property
+    def is_clean(self) -> bool:
+        return (self.code, self.status) == ("exited", "0")
+
+    def kind(self, said: str | None) -> str | None:
+        """What the guest did, by the hypervisor's words or exit status; None if it does not say."""
+        if self.code != "exited" or not self.status.isdigit():
+            return None
+        return (said if self.is_clean else None) or _STATUSES.get(
+            (self.hypervisor, int(self.status))
+        )
+
+    def describe(self, said: str | None) -> str:
+        kind = self.kind(said)
+        if kind is not None:
+            return _WORDS[kind]
+        if self.is_clean:
+            return (
+                f"the guest powered off or rebooted by itself, {self.hypervisor} does not say which"
+            )
+        if self.result == "oom-kill":
+            return "the host ran out of memory, and the kernel killed the hypervisor"
+        if self.code == "exited":
+            return f"{self.hypervisor} failed with exit status {self.status}"
+        if self.code == "killed" and self.status in ("KILL", "TERM", "INT", "HUP"):
+            return f"somebody ended {self.hypervisor} by SIG{self.status}"
+        if self.code in ("killed", "dumped"):
+            return f"{self.hypervisor} crashed with SIG{self.status}"
+        return f"{self.hypervisor} did not come up: {self.result}"
+
+
+def take_note(name: str, end: End, said: str | None, limit: int, ends: Record) -> int:
+    """Log how a VM ended, and decide on its next start.
+
+    Args:
+        said: what the hypervisor's event log has on it, in control's words.
+        limit: so often it is started again in a row; 0 for ever.
+        ends: the record of ends that count.
+
+    Returns:
+        The exit code: 1 makes systemd take an end for a failure that it took for a success.
+
+    Raises:
+        MicrovmHostError: it is given up.
+    """
+    if _pending_job(name) in ("stop", "restart", "try-restart"):
+        if end.result == "timeout":
+            log.error("systemd had to end the hypervisor: the guest was not shut down", vm=name)
+        ends.clear()
+        return 0
+    unit = _show(
+        name,
+        "Restart",
+        "ActiveEnterTimestampMonotonic",
+        "ExecMainStartTimestampMonotonic",
+        "ExecMainExitTimestampMonotonic",
+    )
+    kind, what = end.kind(said), end.describe(said)
+    is_failure = end.result != "success" or kind in _FAILURES
+    # Where only failures lead to a new start, a reboot is to be one, or the guest stays down.
+    is_wish = kind == control.REBOOTED and unit["Restart"] == "on-failure"
+    code = 1 if (is_failure or is_wish) and end.result == "success" else 0
+    if not _starts_again(unit["Restart"], end, is_failure=is_failure or is_wish):
+        ends.clear()
+        # Of a package that is wrong the helper that found it out has told.
+        if not _is_wrong_package(end):
+            (log.warning if is_failure else log.info)(f"{what}; it stays down", vm=name)
+        return 1 if is_failure and end.result == "success" else 0
+    ran = _ran(unit)
+    if ran > (LONG_ENOUGH_TO_FAIL if is_failure else LONG_ENOUGH):
+        ends.clear()
+    ends.append("end", f"{time.clock_gettime(time.CLOCK_BOOTTIME):.3f}", what)
+    count = len(ends.read())
+    if limit and count > limit:
+        ends.clear()
+        # systemd has already decided to start it again; a stop is what changes its mind.
+        process.output(["systemctl", "stop", "--no-block", "--", names.unit(name)])
+        raise MicrovmHostError(
+            f"{what} after {ran:.0f} s; started again {limit} times in a row, it is given up",
+            hint=f"when it is mended: systemctl start {names.unit(name)}",
+        )
+    (log.warning if is_failure else log.info)(
+        f"{what} after {ran:.0f} s; it is started again"
+        + (f", {count} times in a row now" if count > 1 else ""),
+        vm=name,
+    )
+    return code
+
+
+def _is_wrong_package(end: End) -> bool:
+    return (end.code, end.status) == ("exited", str(EXIT_CONFIG))
+
+
+def _starts_again(restart: str, end: End, *, is_failure: bool) -> bool:
+    """Whether systemd will start the VM again, by Restart= (systemd.service(5), Table 2)."""
+    if _is_wrong_package(end):
+        return False
+    if restart == "always":
+        return True
+    if restart == "on-success":
+        return not is_failure
+    # The rest differ in which failures count; one that does not makes a record that the next
+    # stop clears.
+    return restart != "no" and is_failure
+
+
+def _ran(unit: dict[str, str]) -> float:
+    """How many seconds the VM ran, from when it counted as started; 0 if it never did."""
+    began, exited = (
+        int(unit[f"{event}TimestampMonotonic"] or 0) for event in ("ActiveEnter", "ExecMainExit")
+    )
+    if began < int(unit["ExecMainStartTimestampMonotonic"] or 0):
+        # That was a former run.
+        return 0.0
+    return max(exited - began, 0) / 1e6
+
+
+def _pending_job(name: str) -> str:
+    """The type of the job that systemd has for a VM: `stop`, `start`, …; nothing if none."""
+    unit = names.unit(name)
+    argv = ["systemctl", "list-jobs", "--full", "--no-legend", "--no-pager", "--", unit]
+    for line in process.output(argv).splitlines():
+        columns = line.split()
+        if len(columns) >= 3 and columns[1] == unit:
+            return columns[2]
+    return ""
+
+
+def _show(name: str, *properties: str) -> dict[str, str]:
+    argv = ["systemctl", "show", f"--property={','.join(properties)}", "--", names.unit(name)]
+    found = dict.fromkeys(properties, "")
+    for line in process.output(argv).splitlines():
+        key, equals, value = line.partition("=")
+        if equals:
+            found[key] = value
+    return found
+
+
+def wait_for_turn(ends: Record, first_delay: float) -> None:
+    """Wait until a VM that ended by itself may be started again; runs in its new main process.
+
+    There, and not in RestartSec=, which does not grow: while it waits, the unit says why, and an
+    administrator's stop or restart ends the waiting at once.
+    """
+    lines = ends.read()
+    if not lines:
+        return
+    _, at, what = lines[-1]
+    delay = min(first_delay * 2 ** min(len(lines) - 1, 32), max(LONGEST_DELAY, first_delay))
+    until = float(at) + delay
+    while (rest := until - time.clock_gettime(time.CLOCK_BOOTTIME)) > 0:
+        log.notify(
+            f"STATUS=Starts again in {rest:.0f} s, since {what}"
+            f"\nEXTEND_TIMEOUT_USEC={(min(rest, 1) + 20) * 1e6:.0f}"
+        )
+        time.sleep(min(rest, 1))
+
+
+def forget_unless_it_goes_on(name: str, ends: Record) -> None:
+    """Clear the record when a VM is undone that is not about to be started again."""
+    if not _pending_job(name) or os.environ.get("SERVICE_RESULT", "success") != "success":
+        ends.clear()
+
+
+def share_lost(name: str, tag: str, lost: Record) -> None:
+    """Tell of a virtiofsd that failed under a running guest, and write it down for the status."""
+    units = (names.unit(name), names.foreground_unit(name))
+    argv = ["systemctl", "show", "--property=ActiveState", "--value", "--", *units]
+    if "active" not in process.output(argv).split():
+        # It ended with its hypervisor.
+        return
+    lost.append("share", tag)
+    why = os.environ.get("MONITOR_EXIT_STATUS", "")
+    log.error(
+        f"virtiofsd of share {tag} has ended under the running guest"
+        + (f" ({os.environ.get('MONITOR_EXIT_CODE', '')} {why})" if why else "")
+        + ": what uses the share in there hangs, unless the hypervisor connects anew, which QEMU "
+        f"does not; save what can be saved, then systemctl restart {names.unit(name)}",
+        vm=name,
+    )

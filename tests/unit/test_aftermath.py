@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: MIT
+"""What is said of an end, when there is another start, and when there is none.
+
+systemd is a made-up one here: tests/system/test_ladder.py has the real one.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from microvm_host import aftermath, log, names, process
+from microvm_host.aftermath import End
+from microvm_host.errors import MicrovmHostError
+from microvm_host.record import Record
+
+CLEAN = End("success", "exited", "0", "qemu")
+FAILED = End("exit-code", "exited", "3", "qemu")
+
+
+class FakeSystemd:
+    """Answers `systemctl list-jobs` and `systemctl show`; keeps what else it is told."""
+
+    def __init__(self) -> None:
+        self.job = ""
+        self.restart = "always"
+        self.ran = 0.5
+        self.became_active = True
+        self.active = "active"
+        self.told: list[list[str]] = []
+
+    def output(self, argv: list[str]) -> str:
+        if argv[1] == "list-jobs":
+            others = " 7 microvm-set-booted@web.service stop waiting\n"
+            return others + (f"419 microvm@web.service {self.job} running\n" if self.job else "")
+        if argv[1] == "show" and "--value" in argv:
+            return f"{self.active}\n\ninactive\n"
+        if argv[1] == "show":
+            active = 2_000_000 if self.became_active else 900_000
+            return (
+                f"Restart={self.restart}\nActiveEnterTimestampMonotonic={active}\n"
+                "ExecMainStartTimestampMonotonic=1000000\n"
+                f"ExecMainExitTimestampMonotonic={2_000_000 + int(self.ran * 1e6)}\n"
+            )
+        self.told.append(argv)
+        return ""
+
+
+@pytest.fixture
+def systemd(monkeypatch: pytest.MonkeyPatch) -> FakeSystemd:
+    fake = FakeSystemd()
+    monkeypatch.setattr(process, "output", fake.output)
+    return fake
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    lines: list[str] = []
+    for word in ("info", "warning", "error"):
+        monkeypatch.setattr(
+            log, word, lambda text, vm=None, word=word: lines.append(f"{word}: {text}")
+        )
+    monkeypatch.setattr(log, "notify", lines.append)
+    return lines
+
+
+@pytest.fixture
+def ends(tmp_path: Path) -> Record:
+    return Record(str(tmp_path / "web/ends"))
+
+
+Note = Callable[..., int]
+
+
+@pytest.fixture
+def note(systemd: FakeSystemd, said: list[str], ends: Record) -> Note:
+    def take(end: End, heard: str | None = None, limit: int = 10) -> int:
+        return aftermath.take_note("web", end, heard, limit, ends)
+
+    return take
+
+
+@pytest.mark.parametrize(
+    ("end", "heard", "text"),
+    [
+        (CLEAN, None, "the guest powered off or rebooted by itself, qemu does not say which"),
+        (CLEAN, "powered-off", "the guest powered itself off"),
+        (CLEAN, "rebooted", "the guest rebooted"),
+        (CLEAN, "panicked", "the guest's kernel panicked"),
+        (FAILED, None, "qemu failed with exit status 3"),
+        # An event log of a run that came to nothing may be of the one before.
+        (FAILED, "powered-off", "qemu failed with exit status 3"),
+        (End("signal", "killed", "KILL", "qemu"), None, "somebody ended qemu by SIGKILL"),
+        (End("success", "killed", "TERM", "qemu"), None, "somebody ended qemu by SIGTERM"),
+        (End("core-dump", "dumped", "SEGV", "qemu"), None, "qemu crashed with SIGSEGV"),
+        (End("oom-kill", "killed", "KILL"), None, "the host ran out of memory, and the kernel"),
+        (End("timeout", "", ""), None, "the hypervisor did not come up: timeout"),
+        (End("success", "exited", "0", "crosvm"), None, "the guest powered itself off"),
+        (End("exit-code", "exited", "32", "crosvm"), None, "the guest rebooted"),
+        (End("exit-code", "exited", "33", "crosvm"), None, "the guest crashed"),
+        (End("exit-code", "exited", "34", "crosvm"), None, "the guest's kernel panicked"),
+        (End("exit-code", "exited", "36", "crosvm"), None, "the guest stalled"),
+        (End("exit-code", "exited", "32", "qemu"), None, "qemu failed with exit status 32"),
+        (End("exit-code", "exited", "148", "firecracker"), None, "the hypervisor made a system c"),
+    ],
+)
+def test_words(end: End, heard: str | None, text: str) -> None:
+    assert end.describe(heard).startswith(text)
+
+
+def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in (("SERVICE_RESULT", "signal"), ("EXIT_CODE", "killed")):
+        monkeypatch.setenv(key, value)
+    monkeypatch.delenv("EXIT_STATUS", raising=False)
+    assert End.from_environment("qemu") == End("signal", "killed", "", "qemu")
+
+
+@pytest.mark.parametrize("job", ["stop", "restart", "try-restart"])
+def test_a_stop_that_was_asked_for_forgets(
+    note: Note, systemd: FakeSystemd, said: list[str], ends: Record, job: str
+) -> None:
+    ends.append("end", "1.0", "x")
+    systemd.job = job
+    assert note(FAILED) == 0
+    assert (ends.read(), said) == ([], [])
+    assert note(End("timeout", "killed", "KILL")) == 0
+    assert said == ["error: systemd had to end the hypervisor: the guest was not shut down"]
+
+
+@pytest.mark.parametrize(
+    ("end", "heard", "restart", "again", "code"),
+    [
+        (CLEAN, None, "always", True, 0),
+        (CLEAN, "rebooted", "always", True, 0),
+        (CLEAN, "panicked", "always", True, 1),
+        (FAILED, None, "always", True, 0),
+        (CLEAN, None, "on-failure", False, 0),
+        (CLEAN, "powered-off", "on-failure", False, 0),
+        (CLEAN, "rebooted", "on-failure", True, 1),
+        (CLEAN, "panicked", "on-failure", True, 1),
+        (FAILED, None, "on-failure", True, 0),
+        (CLEAN, "rebooted", "no", False, 0),
+        (CLEAN, "panicked", "no", False, 1),
+        (FAILED, None, "no", False, 0),
+        (CLEAN, "rebooted", "on-success", True, 0),
+        (FAILED, None, "on-success", False, 0),
+    ],
+)
+def test_what_leads_to_what(
+    note: Note,
+    systemd: FakeSystemd,
+    said: list[str],
+    ends: Record,
+    end: End,
+    heard: str | None,
+    restart: str,
+    again: bool,
+    code: int,
+) -> None:
+    systemd.restart = restart
+    assert note(end, heard) == code
+    assert len(ends.read()) == again
+    assert len(said) == 1
+    assert ("it is started again" in said[0]) == again
+    assert ("it stays down" in said[0]) == (not again)
+
+
+def test_a_wrong_package_is_no_end(note: Note, said: list[str], ends: Record) -> None:
+    ends.append("end", "1.0", "x")
+    assert note(End("exit-code", "exited", "78")) == 0
+    assert (ends.read(), said) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("end", "ran", "counts"),
+    [(CLEAN, 59, 2), (CLEAN, 61, 1), (FAILED, 61, 2), (FAILED, 599, 2), (FAILED, 601, 1)],
+)
+def test_a_long_run_is_forgiven(
+    note: Note, systemd: FakeSystemd, ends: Record, end: End, ran: float, counts: int
+) -> None:
+    ends.append("end", "1.0", "x")
+    systemd.ran = ran
+    note(end)
+    assert len(ends.read()) == counts
+
+
+def test_one_that_never_was_up_did_not_run(note: Note, systemd: FakeSystemd, ends: Record) -> None:
+    ends.append("end", "1.0", "x")
+    systemd.ran, systemd.became_active = 9999, False
+    note(FAILED)
+    assert len(ends.read()) == 2
+
+
+def test_given_up(note: Note, systemd: FakeSystemd, said: list[str], ends: Record) -> None:
+    for _ in range(3):
+        note(FAILED, None, 3)
+    assert systemd.told == []
+    assert said[-1].endswith("it is started again, 3 times in a row now")
+    with pytest.raises(MicrovmHostError, match="started again 3 times in a row, it is given up"):
+        note(FAILED, None, 3)
+    assert systemd.told == [["systemctl", "stop", "--no-block", "--", "microvm@web.service"]]
+    # The administrator's next start begins anew.
+    assert ends.read() == []
+
+
+def test_never_given_up(note: Note, systemd: FakeSystemd, ends: Record) -> None:
+    for _ in range(30):
+        note(FAILED, None, 0)
+    assert (len(ends.read()), systemd.told) == (30, [])
+
+
+# ---- the next start
+
+
+@pytest.fixture
+def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A clock that sleeping moves."""
+    times = [1000.0]
+    monkeypatch.setattr(time, "clock_gettime", lambda clock: times[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: times.__setitem__(0, times[0] + seconds))
+    return times
+
+
+@pytest.mark.parametrize(
+    ("count", "delay"),
+    [(1, 5), (2, 10), (3, 20), (4, 40), (5, 80), (6, 160), (7, 300), (8, 300), (5000, 300)],
+)
+def test_delays_grow(
+    ends: Record, said: list[str], slept: list[float], count: int, delay: float
+) -> None:
+    for _ in range(count):
+        ends.append("end", "999.5", "it died")
+    aftermath.wait_for_turn(ends, 5.0)
+    assert slept[0] == pytest.approx(999.5 + delay)
+    assert said[0].startswith(f"STATUS=Starts again in {delay - 0.5:.0f} s, since it died\nEXTEND_")
+    # systemd is told in time to wait on.
+    assert len(said) >= delay - 1
+
+
+def test_a_longer_first_delay_is_kept(ends: Record, said: list[str], slept: list[float]) -> None:
+    ends.append("end", "1000.0", "x")
+    ends.append("end", "1000.0", "x")
+    aftermath.wait_for_turn(ends, 900.0)
+    assert slept[0] == pytest.approx(1900)
+
+
+def test_no_delay_where_enough_time_has_passed(
+    ends: Record, said: list[str], slept: list[float]
+) -> None:
+    aftermath.wait_for_turn(ends, 5.0)
+    ends.append("end", "990.0", "x")
+    aftermath.wait_for_turn(ends, 5.0)
+    assert (slept[0], said) == (1000.0, [])
+
+
+@pytest.mark.parametrize(
+    ("job", "result", "kept"),
+    [("start", "success", 1), ("", "success", 0), ("start", "exit-code", 0)],
+)
+def test_undoing_forgets_unless_a_start_follows(
+    systemd: FakeSystemd,
+    ends: Record,
+    monkeypatch: pytest.MonkeyPatch,
+    job: str,
+    result: str,
+    kept: int,
+) -> None:
+    ends.append("end", "1.0", "x")
+    systemd.job = job
+    monkeypatch.setenv("SERVICE_RESULT", result)
+    aftermath.forget_unless_it_goes_on("web", ends)
+    assert len(ends.read()) == kept
+
+
+# ---- shares
+
+
+def test_a_lost_share(
+    systemd: FakeSystemd, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = Record(str(tmp_path / "web/lost-shares"))
+    systemd.active = "deactivating"
+    aftermath.share_lost("web", "home/a", lost)
+    assert (lost.read(), said) == ([], [])
+    systemd.active = "active"
+    monkeypatch.setenv("MONITOR_EXIT_CODE", "killed")
+    monkeypatch.setenv("MONITOR_EXIT_STATUS", "KILL")
+    aftermath.share_lost("web", "home/a", lost)
+    assert lost.read() == [["share", "home/a"]]
+    assert said[0].startswith(
+        "error: virtiofsd of share home/a has ended under the running guest (killed KILL): "
+    )
+    assert said[0].endswith("systemctl restart microvm@web.service")
+
+
+@pytest.mark.parametrize(
+    ("vm", "tag"), [("web", "data"), ("a-b", "c"), ("a", "b-c"), ("x.y:z", "home/al-ice/ü n")]
+)
+def test_instances_name_vm_and_tag(vm: str, tag: str) -> None:
+    unit = names.share_lost_unit(vm, tag)
+    assert unit.startswith("microvm-share-lost@")
+    instance = unit.removeprefix("microvm-share-lost@").removesuffix(".service")
+    assert names.share_of(instance) == (vm, tag)
+    assert os.fsencode(instance).isascii()
