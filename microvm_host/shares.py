@@ -87,6 +87,11 @@ class ServeShare:
         return {
             **_common(self.vm, f"Socket of share {self.share.tag} of microVM {self.vm}"),
             **_bound(self.vm),
+            # By default a socket stops after all services, when the host shuts down: after the
+            # unit that waits, in stopping, for this one. What else the default gives is here.
+            "DefaultDependencies": ("b", False),
+            "Conflicts": ("as", ["shutdown.target"]),
+            "Before": ("as", [names.unit(self.vm), "shutdown.target"]),
             "Listen": ("a(ss)", [("Stream", self.socket)]),
             # Root's at first. SocketUser= would make it the VM's at the price of a process.
             "SocketMode": ("u", 0o600),
