@@ -1,0 +1,360 @@
+# SPDX-License-Identifier: MIT
+"""Stopping by rungs, starting again or not, shares that are lost, and a host that shuts down.
+
+With the real guest and the real QMP of QEMU, but where only the units are in question.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.guest.image import Image
+from tests.guest.package import Guest, Share, Stub, Tap, Volume
+from tests.host.container import ContainerHost
+from tests.host.fixtures import require_container
+
+from .toolkit import IMAGE, Toolkit, eventually
+
+pytestmark = pytest.mark.container
+
+
+def guest(name: str, **fields: object) -> Guest:
+    """A real guest whose kernel and initrd are those of the host's image."""
+    fields = {"image": Image(Path(IMAGE)), "placement": "refer", "image_prefix": IMAGE, **fields}
+    return Guest(name=name, **fields)  # type: ignore[arg-type]
+
+
+def control(name: str) -> dict[str, object]:
+    """The fields of a package that tells its control socket."""
+    return {"control_socket": f"{name}.sock", "control_protocol": "qmp"}
+
+
+def declare(toolkit: Toolkit, package: Guest | Stub, **settings: object) -> None:
+    """Make a VM and declare it, not to start at boot, with these settings."""
+    toolkit.create(package)
+    lines = [f'runner = "/opt/packages/{package.name}"', "autostart = false"]
+    for key, value in settings.items():
+        lines.append(f'{key} = "{value}"' if isinstance(value, str) else f"{key} = {value}")
+    toolkit.host.write(f"/etc/microvms/{package.name}.toml", "\n".join([*lines, ""]))
+    toolkit.systemctl("daemon-reload")
+
+
+def start(toolkit: Toolkit, vm: str, *, ready: bool = True) -> None:
+    toolkit.systemctl("start", f"microvm@{vm}")
+    if ready:
+        toolkit.await_line(vm, f"GUEST {vm}: ready")
+
+
+def stop(toolkit: Toolkit, vm: str) -> tuple[list[str], str, float]:
+    """Stop a VM; gives the lines since, the unit's result, and the seconds that it took."""
+    before = len(toolkit.journal(vm))
+    began = time.monotonic()
+    toolkit.systemctl("stop", f"microvm@{vm}", timeout=120)
+    seconds = time.monotonic() - began
+    lines = toolkit.journal(vm)[before:]
+    return lines, toolkit.property(f"microvm@{vm}", "Result"), seconds
+
+
+def ours(lines: list[str]) -> list[str]:
+    """What the helper said on the way, without the times."""
+    rungs = ("asked the guest", "sending SIG", "was not shut down", "asked once", "at last by")
+    found = [line for line in lines if any(rung in line for rung in rungs)]
+    return [line.partition(" s: ")[2] if line.startswith("at ") else line for line in found]
+
+
+# ---- rungs
+
+
+@pytest.mark.core
+def test_without_a_script_the_button_is_pressed_at_once(toolkit: Toolkit, vm: str) -> None:
+    toolkit.create(guest(vm, shutdown="none", **control(vm)))
+    start(toolkit, vm)
+    lines, result, seconds = stop(toolkit, vm)
+    assert f"GUEST {vm}: shutting down (power-button)" in lines
+    assert f"GUEST {vm}: powering off" in lines
+    first, last = ours(lines)
+    assert first == "asked the guest to shut down by the power button (qmp)"
+    assert last.startswith("the guest powered off in ")
+    assert last.endswith(" s, asked once, by the power button (qmp)")
+    assert (result, seconds < 5) == ("success", True), seconds
+
+
+def test_the_button_follows_a_script_that_is_not_heard(toolkit: Toolkit, vm: str) -> None:
+    """Ctrl-Alt-Del, on a machine without a keyboard: QEMU refuses it, the script waits on."""
+    declare(toolkit, guest(vm, shutdown="ctrl-alt-del", **control(vm)), ask_again_after=1)
+    start(toolkit, vm)
+    lines, result, seconds = stop(toolkit, vm)
+    first, second, last = ours(lines)
+    assert first == "asked the guest to shut down by its package's script"
+    assert second == "asked the guest to shut down by the power button (qmp)"
+    assert last.endswith(" s, asked 2 times, at last by the power button (qmp)")
+    assert f"GUEST {vm}: shutting down (power-button)" in lines
+    assert (result, seconds < 6) == ("success", True), seconds
+
+
+def test_a_deaf_guest_is_ended_by_sigterm_and_that_is_a_failure(toolkit: Toolkit, vm: str) -> None:
+    declare(toolkit, guest(vm, deaf=True, **control(vm)), ask_again_after=1, shutdown_timeout=4)
+    start(toolkit, vm)
+    lines, result, seconds = stop(toolkit, vm)
+    said = ours(lines)
+    assert said[:2] == [
+        "asked the guest to shut down by its package's script",
+        "asked the guest to shut down by the power button (qmp)",
+    ]
+    assert said[-2] == ("the guest did not shut down within 4 s: sending SIGTERM to the hypervisor")
+    assert said[-1].startswith("the hypervisor ended by SIGTERM after ")
+    assert lines.count(f"GUEST {vm}: ignoring power-button") >= 2
+    assert f"GUEST {vm}: powering off" not in lines
+    assert (result, 4 <= seconds < 10) == ("exit-code", True), seconds
+    assert toolkit.property(f"microvm@{vm}", "ActiveState") == "failed"
+    assert f"{vm}: current({vm}), failed" in toolkit.sh(f"microvm list {vm}")
+
+
+def test_a_deaf_hypervisor_is_killed_and_the_result_says_so(toolkit: Toolkit, vm: str) -> None:
+    declare(
+        toolkit, Stub(name=vm, deaf=True, shutdown="hang"), shutdown_timeout=1, terminate_timeout=1
+    )
+    start(toolkit, vm, ready=False)
+    toolkit.await_line(vm, f"STUB {vm}: started")
+    main = toolkit.property(f"microvm@{vm}", "MainPID")
+    lines, result, seconds = stop(toolkit, vm)
+    assert not toolkit.host.exists(f"/proc/{main}")
+    assert [line.rpartition(": ")[2] for line in ours(lines)[1:3]] == [
+        "sending SIGTERM to the hypervisor",
+        "sending SIGKILL to the hypervisor",
+    ]
+    assert ours(lines)[-1].startswith("the hypervisor was killed after ")
+    # Not what a hypervisor that ended by SIGTERM has, nor a guest that shut down.
+    assert (result, 2 <= seconds < 6) == ("signal", True), seconds
+
+
+def test_a_helper_that_waits_outlives_the_units_own_timeout(toolkit: Toolkit, vm: str) -> None:
+    """A guest that takes longer than TimeoutStopSec= is not killed for it."""
+    declare(toolkit, Stub(name=vm, shutdown_delay=5), shutdown_timeout="1min")
+    toolkit.host.write(
+        f"/etc/systemd/system/microvm@{vm}.service.d/quick.conf", "[Service]\nTimeoutStopSec=2\n"
+    )
+    toolkit.systemctl("daemon-reload")
+    start(toolkit, vm, ready=False)
+    lines, result, seconds = stop(toolkit, vm)
+    assert any("asked once, by its package's script" in line for line in lines)
+    assert (result, 5 <= seconds < 9) == ("success", True), seconds
+
+
+# ---- ends that nobody asked for
+
+
+# What the guest does, what its declaration says, what is said of it, and what state that leads to.
+ENDS: dict[str, tuple[dict[str, object], str, str, str]] = {
+    "off": ({"exit_after": 0}, "on-failure", "the guest powered itself off; it st", "inactive"),
+    "boot": ({"reboot_after": 0}, "on-failure", "the guest rebooted after", "activating"),
+    "crash": (
+        {"crash_after": 0, "panic_device": True},
+        "never",
+        "the guest's kernel panicked; it stays down",
+        "failed",
+    ),
+    "fail": ({"fail_after": 0}, "always", "qemu failed with exit status 3 after", "activating"),
+}
+
+
+def test_what_became_of_the_guest_and_what_follows(toolkit: Toolkit, vm: str) -> None:
+    vms = {f"{vm}{end}": case for end, case in ENDS.items()}
+    try:
+        for name, (fields, restart, _, _) in vms.items():
+            package = guest(name, event_log="events.json", **fields)
+            declare(toolkit, package, restart=restart, restart_delay="60s")
+        toolkit.systemctl("start", *(f"microvm@{name}" for name in vms))
+        for name, (_, _, said, state) in vms.items():
+            toolkit.await_line(name, said, timeout=90)
+
+            def state_of(name: str = name) -> str:
+                return toolkit.property(f"microvm@{name}", "ActiveState")
+
+            def settled(found: str, state: str = state) -> bool:
+                return found == state
+
+            eventually(state_of, settled, 10, f"{name} does not become {state}")
+        # And stays there.
+        for name, (_, _, _, state) in vms.items():
+            unit = f"microvm@{name}"
+            assert toolkit.property(unit, "ActiveState") == state
+            waits = toolkit.property(unit, "StatusText").startswith("Starts again in ")
+            assert waits == (state == "activating"), name
+    finally:
+        for name in vms:
+            toolkit.remove(name)
+
+
+@pytest.mark.core
+def test_one_that_keeps_dying_is_given_up_and_an_administrator_never_waits(
+    toolkit: Toolkit, vm: str
+) -> None:
+    stub = Stub(
+        name=vm,
+        taps=(Tap(name=f"{vm}a", mac="02:00:00:00:00:01"),),
+        seconds=0.1,
+        status=3,
+    )
+    before = toolkit.footprint()
+    declare(toolkit, stub, restart_limit=2, restart_delay=1)
+    toolkit.systemctl("start", f"microvm@{vm}")
+    began = time.monotonic()
+    eventually(
+        lambda: toolkit.property(f"microvm@{vm}", "ActiveState"),
+        lambda state: state == "failed",
+        30,
+        "it is not given up",
+    )
+    # Before the first start anew it waits 1 s, before the second 2.
+    assert time.monotonic() - began > 2.5
+    lines = toolkit.journal(vm)
+    assert lines.count(f"STUB {vm}: started as microvm:kvm in /var/lib/microvms/{vm}") == 3
+    assert any("started again 2 times in a row, it is given up" in line for line in lines)
+    assert "it is given up" in toolkit.property(f"microvm@{vm}", "StatusText")
+    toolkit.await_footprint(before | {f"unit microvm@{vm}.service failed"})
+    time.sleep(1)
+    assert toolkit.property(f"microvm@{vm}", "ActiveState") == "failed"
+
+    # Counting begins anew, and a stop and a restart in the waiting end it at once.
+    toolkit.systemctl("start", f"microvm@{vm}")
+    for verb, state in (("restart", "active"), ("stop", "inactive")):
+        eventually(
+            lambda: toolkit.property(f"microvm@{vm}", "StatusText"),
+            lambda text: text.startswith("Starts again in "),
+            10,
+            "it does not wait for its start",
+        )
+        began = time.monotonic()
+        toolkit.systemctl(verb, f"microvm@{vm}")
+        assert time.monotonic() - began < 0.9, verb
+        if state == "inactive":
+            assert toolkit.property(f"microvm@{vm}", "ActiveState") == state
+    toolkit.await_footprint(before)
+
+
+# ---- shares
+
+
+def test_a_virtiofsd_that_dies_is_told_of_and_not_started_for_ever(
+    toolkit: Toolkit, vm: str
+) -> None:
+    toolkit.sh("mkdir -p /srv/lost && echo hi > /srv/lost/hello")
+    declare(
+        toolkit,
+        guest(
+            vm,
+            shares=(
+                Share(tag="home/a-b", source="/srv/lost", mount="/mnt/lost"),
+                Share(tag="kept", source="/srv/lost", mount="/mnt/kept"),
+            ),
+        ),
+        shutdown_timeout=1,
+    )
+    start(toolkit, vm)
+    listed = f"{vm}: current({vm})\n"
+    assert toolkit.sh(f"microvm list {vm}") == listed
+    unit = toolkit.sh(
+        f"systemctl list-units --plain --no-legend 'microvm-virtiofsd-{vm}-home*.service' | "
+        "cut -d' ' -f1"
+    ).strip()
+    toolkit.host.run(["systemctl", "kill", "-s", "KILL", unit])
+    lines = toolkit.await_line(vm, "virtiofsd of share home/a-b has ended under the running guest")
+    text = next(line for line in lines if "has ended under" in line)
+    assert "(killed KILL)" in text
+    assert text.endswith(f"then systemctl restart microvm@{vm}.service")
+    assert toolkit.sh(f"microvm list {vm}") == (
+        f"{vm}: current({vm}), lost share home/a-b: systemctl restart microvm@{vm}.service\n"
+    )
+    shown = toolkit.host.run(["microvm", "status", vm], check=False).stdout
+    assert "home/a-b → /srv/lost (lost: its virtiofsd has ended)" in shown
+    assert "kept → /srv/lost\n" in shown
+    # QEMU has not come back, and nothing starts virtiofsd for nobody.
+    time.sleep(1)
+    assert toolkit.property(unit, "ActiveState") in ("failed", "inactive")
+    assert toolkit.property(f"microvm@{vm}", "ActiveState") == "active"
+    # The guest hangs in its unmounting, so that it cannot shut down; a start mends all.
+    assert stop(toolkit, vm)[1] == "exit-code"
+    before = len(toolkit.journal(vm))
+    toolkit.systemctl("start", f"microvm@{vm}")
+    eventually(
+        lambda: toolkit.journal(vm)[before:],
+        lambda lines: f"GUEST {vm}: share home/a-b file hello: hi" in lines,
+        60,
+        "the share is not back",
+    )
+    assert toolkit.sh(f"microvm list {vm}") == listed
+
+
+# ---- the host shuts down
+
+
+@pytest.fixture
+def fresh() -> Iterator[Toolkit]:
+    """A host of its own, since it is powered off."""
+    require_container()
+    with ContainerHost() as host:
+        toolkit = Toolkit(host)
+        toolkit.install()
+        toolkit.build_image()
+        yield toolkit
+
+
+def mark(toolkit: Toolkit, vm: str) -> str:
+    """What the guest wrote on its disk at last."""
+    return toolkit.sh(f"head -n 1 /var/lib/microvms/{vm}/disk.img | tr -d '\\0'").strip()
+
+
+def test_guests_shut_down_with_their_host(fresh: Toolkit) -> None:
+    """Three guests, one of them slow and one that the others have to outlive."""
+    fresh.sh("mkdir -p /srv/data && echo hi > /srv/data/hello")
+    names = ("one", "two", "last")
+    for number, name in enumerate(names, 1):
+        package = guest(
+            name,
+            mark=True,
+            volumes=(Volume(image="disk.img", size_mb=1),),
+            taps=(Tap(name=f"{name}0", mac=f"02:00:00:00:00:{number:02x}"),),
+            shares=(Share(tag="data", source="/srv/data", mount="/mnt/data"),),
+            slow_stop=3 if name == "one" else 0,
+            **control(name),
+        )
+        fresh.create(package)
+        fresh.host.write(
+            f"/etc/microvms/{name}.toml",
+            f'runner = "/opt/packages/{name}"\nautostart = false\n'
+            f"order = {1 if name == 'last' else 2}\n",
+        )
+    # So that the next boot has the journal of this one.
+    fresh.sh("mkdir -p /var/log/journal; systemctl restart systemd-journald; journalctl --flush")
+    fresh.systemctl("daemon-reload")
+    fresh.systemctl("start", *(f"microvm@{name}" for name in names), timeout=120)
+    for name in names:
+        fresh.await_line(name, f"GUEST {name}: ready", timeout=120)
+        assert mark(fresh, name) == f"GUEST {name}: running"
+    began = time.monotonic()
+    fresh.host.poweroff()
+    assert time.monotonic() - began < 40
+    fresh.host.start()
+    for name in names:
+        assert mark(fresh, name) == f"GUEST {name}: shut down"
+    log = fresh.sh("journalctl --no-pager -b -1 --output=cat").splitlines()
+
+    def when(text: str) -> int:
+        found = [number for number, line in enumerate(log) if text in line]
+        assert found, "\n".join([f"{text!r} is not in the journal:", *log[-200:]])
+        return found[-1]
+
+    for name in names:
+        assert when(f"GUEST {name}: powering off") < when(f"Stopped microvm@{name}.service")
+        # What the guest needs went after it.
+        for unit in (f"microvm-tap-interfaces@{name}", f"microvm-virtiofsd@{name}"):
+            assert when(f"Stopped microvm@{name}.service") < when(f"Stopped {unit}.service")
+    # The slow one held up nobody of its own order, but the one that is to be last.
+    assert when("GUEST two: shutting down") < when("GUEST one: powering off")
+    assert when("Stopped microvm@one.service") < when("Stopping microvm@last.service")
+    assert not [line for line in log if "was not shut down" in line or "it is started" in line]
