@@ -298,7 +298,10 @@ def test_a_share_is_a_socket_and_a_service(
         "DirectoryMode": ("u", 0o755),
         "RemoveOnStop": ("b", True),
         "BindsTo": ("as", ["microvm-virtiofsd@web-1.service"]),
-        "Before": ("as", ["microvm@web-1.service"]),
+        # Its unit waits for it in stopping: nothing else may order the two.
+        "DefaultDependencies": ("b", False),
+        "Conflicts": ("as", ["shutdown.target"]),
+        "Before": ("as", ["microvm@web-1.service", "shutdown.target"]),
         "Slice": ("s", "machine.slice"),
         "CollectMode": ("s", "inactive-or-failed"),
     }
@@ -313,6 +316,11 @@ def test_a_share_is_a_socket_and_a_service(
     assert service["StartLimitIntervalUSec"] == ("t", 0)
     # Stopped while it starts, it would let down a hypervisor that has connected.
     assert "BindsTo" not in service
+    # Failed, it is told of, and not started again.
+    lost = "microvm-share-lost@web\\x2d1-home-alice.service"
+    assert service["OnFailure"] == ("as", [lost])
+    assert "Restart" not in service
+    assert service["After"] == ("as", ["local-fs.target", "remote-fs.target"])
 
 
 @pytest.mark.usefixtures("state", "virtiofsd")
