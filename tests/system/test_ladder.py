@@ -132,6 +132,7 @@ def test_a_deaf_hypervisor_is_killed_and_the_result_says_so(toolkit: Toolkit, vm
     assert (result, 2 <= seconds < 6) == ("signal", True), seconds
 
 
+@pytest.mark.core
 def test_a_helper_that_waits_outlives_the_units_own_timeout(toolkit: Toolkit, vm: str) -> None:
     """A guest that takes longer than TimeoutStopSec= is not killed for it."""
     declare(toolkit, Stub(name=vm, shutdown_delay=5), shutdown_timeout="1min")
