@@ -125,7 +125,8 @@ def run_in_foreground(vm: str, host: HostPaths) -> NoReturn:
         MicrovmHostError: the VM runs already.
     """
     shown = subprocess.run(
-        ["systemctl", "show", "--property=ActiveState,User,Group", "--", names.unit(vm)],
+        ["systemctl", "show", "--property=ActiveState,User,Group,Environment", "--"]
+        + [names.unit(vm)],
         stdout=subprocess.PIPE,
         text=True,
         check=True,
@@ -150,6 +151,10 @@ def run_in_foreground(vm: str, host: HostPaths) -> NoReturn:
         "ExecStop": f"{helper} stop {vm}",
         "TimeoutStopSec": "60",
         "KillMode": "mixed",
+        # The times of a stop, as its drop-ins have them.
+        "Environment": " ".join(
+            word for word in found["Environment"].split() if word.startswith("MICROVM_")
+        ),
         "User": found["User"],
         "Group": found["Group"],
         "WorkingDirectory": host.vm(vm),

@@ -114,6 +114,18 @@ def test_a_deaf_guest_is_ended_by_sigterm_and_that_is_a_failure(toolkit: Toolkit
     assert f"{vm}: current({vm}), failed" in toolkit.sh(f"microvm list {vm}")
 
 
+def test_a_guest_that_is_stopped_is_said_to_be(toolkit: Toolkit, vm: str) -> None:
+    """As by a full disk: QEMU runs, and no button is heard."""
+    package = guest(vm, shutdown="none", qemu_args=("-S",), **control(vm))
+    declare(toolkit, package, shutdown_timeout=1)
+    start(toolkit, vm, ready=False)
+    socket = f"/var/lib/microvms/{vm}/{vm}.sock"
+    eventually(lambda: toolkit.host.exists(socket), bool, 20, "QEMU does not listen")
+    lines, result, _ = stop(toolkit, vm)
+    assert "the guest is stopped (prelaunch) and cannot react" in lines
+    assert result == "exit-code"
+
+
 def test_a_deaf_hypervisor_is_killed_and_the_result_says_so(toolkit: Toolkit, vm: str) -> None:
     declare(
         toolkit, Stub(name=vm, deaf=True, shutdown="hang"), shutdown_timeout=1, terminate_timeout=1
@@ -144,6 +156,28 @@ def test_a_helper_that_waits_outlives_the_units_own_timeout(toolkit: Toolkit, vm
     lines, result, seconds = stop(toolkit, vm)
     assert any("asked once, by its package's script" in line for line in lines)
     assert (result, 5 <= seconds < 9) == ("success", True), seconds
+
+
+def test_the_declarations_times_hold_in_the_foreground_too(toolkit: Toolkit, vm: str) -> None:
+    declare(toolkit, Stub(name=vm, shutdown="early"), shutdown_timeout=1)
+    running = toolkit.host.spawn(["microvm", "run", vm])
+    try:
+        unit = f"microvm-foreground-{vm}.service"
+        eventually(
+            lambda: toolkit.property(unit, "ActiveState"),
+            lambda state: state == "active",
+            20,
+            "does not run",
+        )
+        began = time.monotonic()
+        toolkit.host.run(["microvm", "stop", vm], check=False)
+        assert time.monotonic() - began < 10
+        shown = "".join(running.communicate(timeout=20))
+    finally:
+        running.kill()
+    assert "the guest did not shut down within 1 s: sending SIGTERM" in shown + toolkit.sh(
+        f"journalctl --no-pager --unit={unit}"
+    )
 
 
 # ---- ends that nobody asked for
