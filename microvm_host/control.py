@@ -32,6 +32,12 @@ POWERED_OFF, REBOOTED, PANICKED = "powered-off", "rebooted", "panicked"
 # QEMU's ShutdownCause (qapi/run-state.json), as far as the guest is the cause.
 _CAUSES = {"guest-shutdown": POWERED_OFF, "guest-reset": REBOOTED, "guest-panic": PANICKED}
 
+# Of QEMU's RunState (same file): a full disk of the host, somebody's monitor, a KVM that failed.
+_STOPPED = (
+    *("io-error", "paused", "prelaunch", "debug", "internal-error", "guest-panicked"),
+    *("suspended", "watchdog", "shutdown"),
+)
+
 
 class Pressed:
     """A power button that was pressed, and the connection by which QEMU tells what came of it."""
@@ -91,8 +97,7 @@ def _press_by_qmp(stream: _Stream) -> str:
     answer = stream.execute("query-status")
     state = answer.get("status") if isinstance(answer, dict) else None
     stream.execute("system_powerdown")
-    # RunState of qapi/run-state.json: a full disk of the host, a debugger, a failed KVM.
-    if state in ("io-error", "paused", "internal-error", "guest-panicked", "suspended", "watchdog"):
+    if state in _STOPPED:
         return f"the guest is stopped ({state}) and cannot react"
     return ""
 

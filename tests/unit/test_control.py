@@ -137,7 +137,7 @@ def test_qmp_tells_how_it_ended(
     pressed.close()
 
 
-@pytest.mark.parametrize("status", ["io-error", "paused", "internal-error"])
+@pytest.mark.parametrize("status", ["io-error", "paused", "internal-error", "prelaunch"])
 def test_qmp_tells_why_the_guest_cannot_react(listen: Callable[[Answer], str], status: str) -> None:
     pressed = control.press("qmp", listen(fake_qemu([], status=status)), WITHIN)
     assert pressed.remark == f"the guest is stopped ({status}) and cannot react"
