@@ -199,6 +199,16 @@ def _problems_of_mate(mate: Device, group: str, vm: str, host: HostPaths) -> lis
                 holder,
             )
         ]
+    if mate.is_for_vms and _is_open(group, host):
+        # It alone may open the group, as long as it does.
+        return [
+            MicrovmHostError(
+                f"IOMMU group {group} cannot be taken: {mate.address} in it is in use by a "
+                "program that is none of ours",
+                path=host.vfio_group_node(group),
+                hint=f"fuser -v {host.vfio_group_node(group)}",
+            )
+        ]
     if mate.keeps_group_free:
         return []
     return [
@@ -430,6 +440,8 @@ def _give_back(address: str, driver: str, override: str, host: HostPaths) -> boo
     if now not in ("", driver, VFIO_PCI):
         log.notice(f"{address} was taken by somebody else for {now} and is left alone")
         return False
+    if not now:
+        _await_settled(address, host)
     if attribute(link, "driver_override") != (override or "(null)"):
         _write(f"{link}/driver_override", override or "\n")
     if now == driver:
@@ -454,6 +466,29 @@ def _give_back(address: str, driver: str, override: str, host: HostPaths) -> boo
             hint=f"echo {address} > {host.pci_driver(driver)}/bind, or reboot",
         )
     return True
+
+
+def _await_settled(address: str, host: HostPaths) -> None:
+    """Wait until a driver that was about to let go of a device has done so.
+
+    Until then the kernel holds the device's lock, on which whoever reads or writes
+    `driver_override` waits, where no signal reaches him.
+    """
+    link = host.pci_device(address)
+    try:
+        process.call_apart(
+            lambda: attribute(link, "driver_override"),
+            LETS_GO_WITHIN,
+            lambda seconds: log.status(
+                f"waiting until a driver has let go of {address}, {seconds:.0f} s"
+            ),
+        )
+    except OSError as error:
+        raise MicrovmHostError(
+            f"{address} is not given back: its driver has still not let go of it",
+            path=link,
+            hint=_ASK_THE_KERNEL,
+        ) from error
 
 
 def _await_closed(address: str, host: HostPaths) -> None:

@@ -73,7 +73,8 @@ def call_apart(
             call()
             code = 0
         except OSError as error:
-            code = error.errno or ECHILD
+            # The kernel has some beyond what an exit code holds.
+            code = error.errno if error.errno and error.errno < 256 else ECHILD
         finally:
             # Whatever it was: nothing of the parent's is to run in here.
             os._exit(code)
