@@ -48,6 +48,16 @@ from microvm_host.source import Source
             Declaration("web", Source("runner", "/a"), restart_delay=90.0, shutdown_timeout=5.0),
         ),
         ('"runner" = "/ü"\r\n', Declaration("web", Source("runner", "/ü"))),
+        ('runner = "/a"\nallow_host_devices = []', Declaration("web", Source("runner", "/a"))),
+        (
+            'runner = "/a"\nallow_host_devices = [\n  "0000:03:00.0", # the card\n  "AF:1f.7",\n'
+            '  "10000:e1:00.0",\n]\n',
+            Declaration(
+                "web",
+                Source("runner", "/a"),
+                allow_host_devices=("0000:03:00.0", "0000:af:1f.7", "10000:e1:00.0"),
+            ),
+        ),
     ],
 )
 def test_right(tmp_path: Path, text: str, expected: Declaration) -> None:
@@ -80,6 +90,33 @@ WRONG: list[tuple[str | bytes, int | None, str]] = [
     ('runner = "/a\\n/b"\n', 1, "not printable"),
     ('flake = "x#web"\n', 1, "has a '#'"),
     ('flake = "--impure"\n', 1, "looks like an option"),
+    (
+        'runner = "/a"\nallow_host_devices = "03:00.0"\n',
+        2,
+        "allow_host_devices = '03:00.0' is not a list",
+    ),
+    ('runner = "/a"\nallow_host_devices = true\n', 2, "allow_host_devices = True is not a list"),
+    (
+        'allow_host_devices = ["03:00.0", 3]\nrunner = "/a"\n',
+        1,
+        "allow_host_devices has 3, which is not a string",
+    ),
+    (
+        'runner = "/a"\n\nallow_host_devices = ["eth0"]\n',
+        3,
+        "'eth0' is not a PCI address; it looks like 0000:01:00.0, as lspci -D prints it",
+    ),
+    (
+        'runner = "/a"\nallow_host_devices = ["*:03:00.0"]\n',
+        2,
+        "allow_host_devices has '*:03:00.0', which may stand for several devices; name each by its "
+        "address",
+    ),
+    (
+        'runner = "/a"\nallow_host_device = []\n',
+        2,
+        "there is no key 'allow_host_device'; did you mean allow_host_devices?",
+    ),
     ('runner = "/a"\nautostart = yes\n', 2, "is not TOML: Invalid value"),
     ('runner = "/a\n', 1, "is not TOML:"),
     ('runner = "/a"\nrunner = "/b"\n', 2, "is not TOML: Cannot overwrite a value"),

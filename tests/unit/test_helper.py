@@ -4,17 +4,20 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from microvm_host import helper, state, systemd
+from microvm_host import helper, pci, state, systemd
 from microvm_host.errors import MicrovmHostError
 from microvm_host.identity import Identity
 from microvm_host.paths import HostPaths
 from microvm_host.record import Record
 
 from . import packages
+from .sysfs_trees import Kernel, Sysfs
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +91,7 @@ def test_wrong_package_changes_nothing(
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("verb", ["tap-interfaces-up", "macvtap-interfaces-up"])
+@pytest.mark.parametrize("verb", ["tap-interfaces-up", "macvtap-interfaces-up", "pci-devices-up"])
 def test_before_set_booted(
     host: HostPaths, web: Path, verb: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -97,7 +100,10 @@ def test_before_set_booted(
     assert "microvm-set-booted@web has not run" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("verb", ["tap-interfaces-down", "macvtap-interfaces-down", "unset-booted"])
+@pytest.mark.parametrize(
+    "verb",
+    ["tap-interfaces-down", "macvtap-interfaces-down", "pci-devices-down", "unset-booted"],
+)
 def test_undoing_what_was_not_done(verb: str) -> None:
     # ExecStopPost= runs after a start that was refused, too.
     assert run(verb, "web") == 0
@@ -185,3 +191,236 @@ def test_install_of_a_declared_vm(host: HostPaths, web: Path) -> None:
     packages.put(Path(host.declarations), "db.toml", "runner = 1\n")
     assert run("install", "db") == 78
     assert os.readlink(host.current("db")) == str(web)
+
+
+# ---- PCI devices
+
+CARD, DISK = "0000:03:00.0", "0000:04:00.0"
+
+
+class Cards:
+    """A host with two devices, and VMs that want them."""
+
+    def __init__(self, host: HostPaths, patch: pytest.MonkeyPatch) -> None:
+        self.host = host
+        self.sysfs = Sysfs(Path(host.root))
+        self.sysfs.driver("vfio-pci")
+        self.sysfs.device(CARD, "e1000e", 7)
+        self.sysfs.device(DISK, "nvme", 8)
+        self.kernel = Kernel(self.sysfs)
+        self.kernel.adopt()
+        self.kernel.install(patch)
+        self.before = self.sysfs.picture()
+
+    def boot(self, name: str, *addresses: str) -> None:
+        package = packages.minimal(Path(self.host.at(f"/packages/{name}")))
+        lines = "".join(f"{address}\n" for address in addresses)
+        packages.put(package, "share/microvm/pci-devices", lines)
+        os.makedirs(self.host.vm(name), exist_ok=True)
+        os.symlink(package, self.host.current(name))
+        assert run("set-booted", name) == 0
+
+    def drivers(self) -> list[str | None]:
+        return [self.sysfs.driver_of(address) for address in (CARD, DISK)]
+
+    def records(self, name: str) -> list[str]:
+        return sorted(os.listdir(f"{self.host.records}/{name}"))
+
+
+@pytest.fixture
+def cards(host: HostPaths, monkeypatch: pytest.MonkeyPatch) -> Cards:
+    return Cards(host, monkeypatch)
+
+
+def test_pci_devices_up_and_down(cards: Cards, capsys: pytest.CaptureFixture[str]) -> None:
+    cards.boot("web", "*:03:00.0", DISK)
+    assert run("pci-devices-up", "web") == 0
+    assert cards.drivers() == ["vfio-pci", "vfio-pci"]
+    assert cards.records("web") == ["booted", "pci-devices"]
+    # Without the package, which may be gone by then.
+    os.unlink(cards.host.booted("web"))
+    assert run("pci-devices-down", "web") == 0
+    assert cards.sysfs.picture() == cards.before
+    assert cards.records("web") == ["booted"]
+    assert run("pci-devices-down", "web") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_pci_devices_that_are_refused(cards: Cards, capsys: pytest.CaptureFixture[str]) -> None:
+    cards.boot("web", CARD, "0000:09:00.0", "0000:0a:00.0")
+    assert run("pci-devices-up", "web") == 1
+    err = capsys.readouterr().err.splitlines()
+    # Those that did not end it first.
+    assert [line.partition("; ")[0].rpartition(" ")[2] for line in err] == [
+        "0000:0a:00.0",
+        "0000:09:00.0",
+    ]
+    assert run("pci-devices-down", "web") == 0
+    assert cards.sysfs.picture() == cards.before
+
+
+def test_pci_devices_that_are_taken_in_part(
+    cards: Cards, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cards.boot("web", CARD, DISK)
+    cards.kernel.fails_to_bind.add(("vfio-pci", DISK))
+    assert run("pci-devices-up", "web") == 1
+    assert f"vfio-pci did not take {DISK}" in capsys.readouterr().err
+    assert cards.sysfs.picture() == cards.before
+    assert cards.records("web") == ["booted"]
+
+
+def test_pci_devices_that_are_not_given_back(
+    cards: Cards, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cards.boot("web", CARD, DISK)
+    assert run("pci-devices-up", "web") == 0
+    cards.kernel.fails_to_bind.add(("e1000e", CARD))
+    assert run("pci-devices-down", "web") == 1
+    err = capsys.readouterr().err
+    assert f"{CARD} was not taken back by driver e1000e" in err
+    assert "1 of the things that were set up could not be undone" in err
+    assert cards.drivers() == [None, "nvme"]
+    assert cards.records("web") == ["booted", "pci-devices"]
+    cards.kernel.fails_to_bind.clear()
+    assert run("pci-devices-down", "web") == 0
+    assert cards.sysfs.picture() == cards.before
+
+
+def test_wrong_declaration_ends_the_start(cards: Cards) -> None:
+    cards.sysfs.interface("eth0", cards.sysfs.pci(CARD))
+    cards.sysfs.ipv4_route("eth0")
+    packages.put(Path(cards.host.declarations), "web.toml", "oh\n")
+    cards.boot("web", CARD)
+    assert run("pci-devices-up", "web") == 78
+    assert cards.drivers() == ["e1000e", "nvme"]
+    declared = f'runner = "/a"\nallow_host_devices = ["{CARD}"]\n'
+    packages.put(Path(cards.host.declarations), "web.toml", declared)
+    assert run("pci-devices-up", "web") == 0
+    assert cards.drivers() == ["vfio-pci", "nvme"]
+
+
+class Units:
+    """What systemd says of the VM that has the devices, each time that it is asked."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, *answers: tuple[str | None, str | None]) -> None:
+        self.answers = list(answers)
+        self.naps = 0
+        self.after: dict[int, Callable[[], object]] = {}
+        patch.setattr(systemd, "states", self.states)
+        patch.setattr(time, "sleep", self.sleep)
+
+    def states(self, *units: str) -> dict[str, str]:
+        assert units == ("microvm@db.service", "microvm-pci-devices@db.service")
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        # A unit that is not loaded is not told of.
+        return {unit: state for unit, state in zip(units, answer, strict=True) if state}
+
+    def sleep(self, seconds: float) -> None:
+        self.naps += 1
+        self.after.get(self.naps, lambda: None)()
+
+
+@pytest.fixture
+def shared(cards: Cards) -> Cards:
+    """The same device for two VMs, of which `db` has it."""
+    cards.boot("db", CARD)
+    cards.boot("web", CARD)
+    assert run("pci-devices-up", "db") == 0
+    return cards
+
+
+@pytest.mark.parametrize(
+    "states",
+    [
+        ("active", "active"),
+        ("activating", "active"),
+        ("deactivating", "active"),
+        ("reloading", "active"),
+        # Starting: whoever was first has it.
+        (None, "activating"),
+        # Stopped, and what it could not undo is still there.
+        (None, None),
+        ("failed", "failed"),
+        ("inactive", "inactive"),
+    ],
+)
+def test_device_of_a_vm_that_keeps_it(
+    shared: Cards,
+    states: tuple[str | None, str | None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    units = Units(monkeypatch, states)
+    assert run("pci-devices-up", "web") == 1
+    assert units.naps == 0
+    assert capsys.readouterr().err == (
+        f"{CARD} is in use by microVM db; stop that one first: systemctl stop microvm@db.service\n"
+    )
+    assert shared.drivers() == ["vfio-pci", "nvme"]
+    assert shared.records("web") == ["booted"]
+    assert "pci-devices" in shared.records("db")
+
+
+@pytest.mark.parametrize(
+    ("stopped", "unit"),
+    [(None, "deactivating"), ("inactive", "active"), ("failed", "deactivating")],
+)
+def test_device_of_a_vm_that_gives_it_back(
+    shared: Cards, stopped: str | None, unit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    units = Units(monkeypatch, (stopped, unit))
+    units.after[3] = lambda: run("pci-devices-down", "db")
+    assert run("pci-devices-up", "web") == 0
+    assert units.naps == 3
+    assert Record(shared.host.record("web", pci.WHAT)).read()[0] == [
+        *("device", CARD, "e1000e", "", "", "")
+    ]
+    assert shared.records("db") == ["booted"]
+    assert run("pci-devices-down", "web") == 0
+    assert shared.sysfs.picture() == shared.before
+
+
+def test_device_of_a_vm_that_starts_again(
+    shared: Cards, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    units = Units(monkeypatch, (None, "deactivating"), (None, "active"), ("activating", "active"))
+    assert run("pci-devices-up", "web") == 1
+    assert units.naps == 2
+    assert "is in use by microVM db" in capsys.readouterr().err
+
+
+def test_device_that_is_taken_again_meanwhile(
+    shared: Cards, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Waited for once: a third VM was quicker."""
+    shared.boot("third", CARD)
+    units = Units(monkeypatch, (None, "deactivating"))
+
+    def hand_on() -> None:
+        assert run("pci-devices-down", "db") == 0
+        assert run("pci-devices-up", "third") == 0
+
+    units.after[1] = hand_on
+    assert run("pci-devices-up", "web") == 1
+    assert "is in use by microVM third" in capsys.readouterr().err
+
+
+def test_device_that_is_not_given_back_in_time(
+    shared: Cards, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(helper, "HOLDER_GIVES_BACK_WITHIN", 0.0)
+    Units(monkeypatch, (None, "deactivating"))
+    assert run("pci-devices-up", "web") == 1
+    assert "is in use by microVM db" in capsys.readouterr().err
+
+
+def test_nobody_waits_for_what_waiting_does_not_mend(
+    shared: Cards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    units = Units(monkeypatch, (None, "deactivating"))
+    os.unlink(shared.host.current("web"))
+    os.unlink(shared.host.booted("web"))
+    shared.boot("web", CARD, "0000:09:00.0")
+    assert run("pci-devices-up", "web") == 1
+    assert units.naps == 0

@@ -146,6 +146,18 @@ def test_macvtap_columns_apart_by_tabs_and_spaces(package: Path) -> None:
 def test_pci_addresses(package: Path, text: str, address: str) -> None:
     packages.put(package, f"{SHARE}/pci-devices", f"{text}\n")
     assert runner.load(str(package)).pci_devices == (address,)
+    assert runner.load_pci_devices(str(package)) == (address,)
+
+
+def test_only_pci_devices_are_read(package: Path) -> None:
+    packages.put(package, f"{SHARE}/tap-interfaces", "vm%d\n")
+    assert runner.load_pci_devices(str(package)) == ()
+    packages.put(package, f"{SHARE}/pci-devices", "10000:e1:00.0\n*:02:00.0\n")
+    assert runner.load_pci_devices(str(package)) == ("10000:e1:00.0", "*:02:00.0")
+    packages.put(package, f"{SHARE}/pci-devices", "01:00.0\neth0\n")
+    with pytest.raises(PackageError) as caught:
+        runner.load_pci_devices(str(package))
+    assert (caught.value.path, caught.value.line) == (f"{package}/{SHARE}/pci-devices", 2)
 
 
 @pytest.mark.parametrize(
