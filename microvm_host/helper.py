@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .identity import Identity
+    from .readiness import Listener
+    from .runner import Package
 
 HOLDER_GIVES_BACK_WITHIN = 30.0  # seconds
 
@@ -43,12 +45,38 @@ def set_booted(name: str, host: HostPaths) -> None:
         booted.append("control", package.control_socket.protocol, package.control_socket.path)
     if package.event_log is not None:
         booted.append("event-log", package.event_log)
+    _note_readiness(package, booted, name)
     state.link(host.booted(name), package.path)
     log.status(f"checked {package.path}")
 
 
+def _note_readiness(package: Package, booted: Record, name: str) -> None:
+    """Note down how the VM may be waited for; those that cannot be pay nothing for it."""
+    socket = package.notify_socket
+    if socket is None:
+        return
+    from . import systemd
+
+    booted.append("readiness", package.readiness)
+    if socket.path is not None:
+        booted.append("notify", "unix", socket.path)
+    else:
+        kind = "stream" if socket.is_stream else "seqpacket"
+        booted.append("notify", "vsock", str(socket.port), str(package.vsock_cid), kind)
+    seconds = systemd.start_timeout(name)
+    if seconds is not None:
+        booted.append("start-timeout", f"{seconds:.6f}")
+
+
 def unset_booted(name: str, host: HostPaths) -> None:
     """Forget what ran."""
+    match _booted(name, host, "notify"):
+        case ["unix", path]:
+            # Who listened there may have been killed. The name is none that root minds.
+            try:
+                os.unlink(f"{host.vm(name)}/{path}")
+            except OSError:
+                pass
     try:
         os.unlink(host.booted(name))
     except FileNotFoundError:
@@ -186,7 +214,105 @@ def start(name: str, host: HostPaths) -> None:
         aftermath.wait_for_turn(ends, _seconds("MICROVM_RESTART_SECONDS", aftermath.FIRST_DELAY))
     package = os.path.realpath(host.booted(name))
     log.status(f"Starting {package}")
-    hypervisor.become(f"{package}/{MICROVM_RUN}", package, *_booted(name, host, "hypervisor"))
+    kind = "".join(_booted(name, host, "hypervisor")) or "the hypervisor"
+    running = f"Running {kind} from {package}"
+    listener = _listener(name, running, host)
+    if listener is not None:
+        _run_beside(listener)
+    hypervisor.become(f"{package}/{MICROVM_RUN}", running if listener is None else None)
+
+
+def _listener(name: str, running: str, host: HostPaths) -> Listener | None:
+    """Listens for the guest to be ready, if that is to be waited for."""
+    wanted = os.environ.get("MICROVM_READINESS", "")
+    if wanted not in ("", "exec", "guest"):
+        raise MicrovmHostError(f"MICROVM_READINESS={wanted!r} is neither exec nor guest")
+    if not wanted:
+        wanted = "".join(_booted(name, host, "readiness"))
+    # In the foreground, nobody asks when it is ready.
+    if wanted != "guest" or not os.environ.get("NOTIFY_SOCKET"):
+        return None
+    from . import readiness, record
+
+    match notify := _booted(name, host, "notify"):
+        case ["vsock", port, cid, kind]:
+            address = readiness.Address("", int(port), int(cid), kind == "stream")
+        case ["unix", path]:
+            address = readiness.Address(path)
+        case _:
+            raise MicrovmHostError(
+                "MICROVM_READINESS=guest, but the package gives the guest no vsock",
+                path=os.path.realpath(host.booted(name)),
+            )
+
+    def others() -> list[str]:
+        return [
+            vm
+            for vm in record.holders(host.records, "booted", ("notify", *notify[:2]))
+            if vm != name
+        ]
+
+    timeout = _booted(name, host, "start-timeout")
+    return readiness.Listener(
+        address, running=running, timeout=float(timeout[0]) if timeout else None, others=others
+    )
+
+
+def _run_beside(listener: Listener) -> None:
+    """Run the listener in a process of its own, which is no child of this one.
+
+    This one becomes the hypervisor, which would not know what to do with a child.
+    """
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        listener.close()
+        return
+    if os.fork():
+        os._exit(0)
+    code = 0
+    try:
+        listener.run()
+    except BaseException:
+        # Of ours, and not to be lost: systemd waits for what does not come now.
+        from traceback import format_exc
+
+        code = EXIT_FAILED
+        for line in format_exc().splitlines():
+            log.error(line)
+    os._exit(code)
+
+
+def register(name: str, host: HostPaths) -> None:
+    """Have systemd-machined know the VM, which runs already and does without as well."""
+    from . import machined, runner, systemd
+
+    unit = names.unit(name)
+    try:
+        leader = int(systemd.show(unit, "MainPID").get("MainPID", "0"))
+        if not leader:
+            # It did not come up, or has ended.
+            return
+        package = runner.load(host.booted(name))
+        links = [tap.name for tap in package.taps]
+        links += [macvtap.name for macvtap in package.macvtaps]
+        interfaces = []
+        for link in links:
+            with open(f"{host.net_device(link)}/ifindex", encoding="ascii") as file:
+                interfaces.append(int(file.read()))
+        machine = machined.Machine(
+            name=name,
+            uuid=package.machine_uuid or machined.derived_uuid(name, host),
+            unit=unit,
+            leader=leader,
+            interfaces=tuple(interfaces),
+            vsock_cid=package.vsock_cid,
+        )
+        machined.register(machine, host)
+    except (MicrovmHostError, OSError) as error:
+        log.notice(f"not registered with systemd-machined: {error}", vm=name)
+        return
+    log.status("registered")
 
 
 def stop(name: str, host: HostPaths) -> None:
@@ -316,6 +442,7 @@ VERBS: dict[str, Callable[[str, HostPaths], int | None]] = {
     "virtiofsd-up": shares_up,
     "virtiofsd-down": shares_down,
     "start": start,
+    "register": register,
     "stop": stop,
     "ended": ended,
     "install": install,

@@ -51,13 +51,13 @@ if TYPE_CHECKING:
             """Ask. Raises MicrovmHostError if that cannot be done, within so many seconds."""
 
 
-def become(program: str, package: str, hypervisor: str = "the hypervisor") -> NoReturn:
+def become(program: str, running: str | None) -> NoReturn:
     """Replace this process by the package's `bin/microvm-run`.
 
     Args:
         program: the path of that script.
-        package: the package's directory, for the unit's status.
-        hypervisor: its name, if the package tells.
+        running: the unit's status from now on; None if somebody else tells systemd that it is
+            started.
 
     Raises:
         PackageError: it cannot be run.
@@ -67,7 +67,12 @@ def become(program: str, package: str, hypervisor: str = "the hypervisor") -> No
             "cannot be executed by this user", path=program, hint="chmod -R a+rX the package"
         )
     # From here on systemd takes the VM for started. What comes next, execve, was checked.
-    log.notify(f"READY=1\nSTATUS=Running {hypervisor} from {package}")
+    if running is not None:
+        log.notify(f"READY=1\nSTATUS={running}")
+    # Some packages would pass on what their guest says there, as it is. Not taken away, but
+    # emptied: a script that minds unset variables minds that it is gone.
+    if "NOTIFY_SOCKET" in os.environ:
+        os.environ["NOTIFY_SOCKET"] = ""
     try:
         os.execv(program, [program])
     except OSError as error:

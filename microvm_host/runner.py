@@ -36,6 +36,11 @@ ENTRIES_MAX = 256
 CACHE_POLICIES = ("auto", "always", "never", "metadata")
 READINESS = ("exec", "guest")
 CONTROL_PROTOCOLS = ("qmp", "cloud-hypervisor", "firecracker")
+# Hypervisors that carry vsock themselves, to UNIX sockets of the host.
+VSOCK_BY_UNIX_SOCKET = ("cloud-hypervisor", "firecracker")
+# As microvm.nix has it: the port, and the hypervisor's own socket.
+NOTIFY_PORT = 8888
+VSOCK_SOCKET = "notify.vsock"
 
 
 @frozen
@@ -86,6 +91,19 @@ class ControlSocket:
 
 
 @frozen
+class NotifySocket:
+    """Where the guest's systemd says that it is ready: a vsock port of the host.
+
+    `is_stream` tells its kind of socket, a stream or sequenced packets. Where the hypervisor
+    carries vsock itself, it connects to the UNIX socket `path`, relative to the state directory.
+    """
+
+    port: int
+    is_stream: bool = False
+    path: str | None = None
+
+
+@frozen
 class Package:
     """A runner package, whole and checked."""
 
@@ -101,6 +119,8 @@ class Package:
     system: str | None = None
     vsock_cid: int | None = None
     readiness: str = "exec"
+    # Also where readiness is `exec`, since the host may want it otherwise.
+    notify_socket: NotifySocket | None = None
     control_socket: ControlSocket | None = None
     event_log: str | None = None
     machine_uuid: str | None = None
@@ -122,6 +142,8 @@ def load(path: str) -> Package:
     reader.check_no_share_escaped()
     taps, macvtaps = reader.taps(), reader.macvtaps()
     reader.check_distinct(taps, macvtaps)
+    hypervisor, vsock_cid = reader.hypervisor(), reader.vsock_cid()
+    readiness = reader.choice(f"{SHARE}/readiness", READINESS) or "exec"
     return Package(
         path=reader.root,
         taps=taps,
@@ -131,10 +153,11 @@ def load(path: str) -> Package:
         usb_devices=reader.text(f"{SHARE}/usb-devices"),
         has_shutdown=reader.is_program(MICROVM_SHUTDOWN),
         has_virtiofsd_run=reader.is_program(VIRTIOFSD_RUN),
-        hypervisor=reader.hypervisor(),
+        hypervisor=hypervisor,
         system=reader.system(),
-        vsock_cid=reader.vsock_cid(),
-        readiness=reader.choice(f"{SHARE}/readiness", READINESS) or "exec",
+        vsock_cid=vsock_cid,
+        readiness=readiness,
+        notify_socket=reader.notify_socket(hypervisor, vsock_cid, readiness),
         control_socket=reader.control_socket(),
         event_log=reader.one(f"{SHARE}/event-log", _relative),
         machine_uuid=reader.one(f"{SHARE}/machine-uuid", names.machine_uuid),
@@ -513,6 +536,26 @@ class _Reader:
 
         return self.one(f"{SHARE}/vsock-cid", check)
 
+    def notify_socket(
+        self, hypervisor: str | None, cid: int | None, readiness: str
+    ) -> NotifySocket | None:
+        """Where the guest says that it is ready; None if it cannot, for want of a vsock."""
+        file = f"{SHARE}/notify-socket"
+        given = self.one(file, _vsock_address)
+        port, is_stream = given or (NOTIFY_PORT, False)
+        if hypervisor in VSOCK_BY_UNIX_SOCKET:
+            return NotifySocket(port, True, f"{VSOCK_SOCKET}_{port}")
+        if cid is not None:
+            return NotifySocket(port, is_stream)
+        for name, asks in (("notify-socket", given), ("readiness", readiness == "guest")):
+            if asks:
+                raise PackageError(
+                    "wants the guest's vsock CID beside it",
+                    path=self.at(f"{SHARE}/{name}"),
+                    hint="write it into vsock-cid",
+                )
+        return None
+
     def control_socket(self) -> ControlSocket | None:
         path = self.one(f"{SHARE}/control-socket", _relative_or_absolute)
         protocol = self.choice(f"{SHARE}/control-protocol", CONTROL_PROTOCOLS)
@@ -539,6 +582,23 @@ _RESERVED_ARGUMENTS = (
     "--print-capabilities",
     "--daemonize",
 )
+
+
+def _vsock_address(text: str) -> tuple[int, bool]:
+    """What the guest has in `vmm.notify_socket` (systemd(1)); gives the port and if by stream."""
+    kind, _, rest = text.partition(":")
+    cid, _, number = rest.partition(":")
+    port = int(number) if number.isascii() and number.isdigit() and len(number) <= 10 else 0
+    if kind not in ("vsock", "vsock-stream", "vsock-seqpacket") or cid != "2":
+        # No hypervisor has datagrams.
+        raise NameInvalid(
+            f"{text[:80]!r} is not a vsock address of the host",
+            hint="vsock:2:PORT, vsock-seqpacket:2:PORT and vsock-stream:2:PORT are",
+        )
+    # vsock(7): lower ones are root's, and the highest means any.
+    if not 1024 <= port < 0xFFFFFFFF:
+        raise NameInvalid(f"{number[:80]!r} is not a vsock port from 1024 to 4294967294")
+    return port, kind == "vsock-stream"
 
 
 def _share_source(text: str) -> str:

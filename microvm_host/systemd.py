@@ -32,6 +32,8 @@ _PATH = b"/org/freedesktop/systemd1"
 _MANAGER = b"org.freedesktop.systemd1.Manager"
 _UNIT = b"org.freedesktop.systemd1.Unit"
 _SERVICE = b"org.freedesktop.systemd1.Service"
+# USEC_INFINITY, as systemd's properties have it.
+_INFINITY = 2**64 - 1
 
 
 def show(unit: str, *properties: str) -> dict[str, str]:
@@ -78,6 +80,20 @@ def identity(name: str) -> Identity:
             hint="create the group, or mend Group= in the unit's drop-in",
         ) from error
     return Identity(account.pw_name, account.pw_uid, group, gid)
+
+
+def start_timeout(name: str) -> float | None:
+    """Seconds until systemd gives up the start of a VM (TimeoutStartSec=); None is never.
+
+    Raises:
+        MicrovmHostError: systemd does not answer.
+    """
+    connection = Connection(HostPaths.from_environment().systemd_private_socket)
+    try:
+        (microseconds,) = connection.service_properties(names.unit(name), ("TimeoutStartUSec", "t"))
+    finally:
+        connection.close()
+    return None if microseconds == _INFINITY else int(microseconds) / 1e6
 
 
 def states(*patterns: str) -> dict[str, str]:

@@ -22,7 +22,7 @@ def no_service(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test takes itself for a service, though a service may run them."""
     for variable in (
         *("INVOCATION_ID", "JOURNAL_STREAM", "MAINPID", "MICROVM_HOST_ROOT"),
-        *("MICROVM_SHUTDOWN_SECONDS", "NOTIFY_SOCKET", "SYSTEMD_EXEC_PID"),
+        *("MICROVM_READINESS", "MICROVM_SHUTDOWN_SECONDS", "NOTIFY_SOCKET", "SYSTEMD_EXEC_PID"),
     ):
         monkeypatch.delenv(variable, raising=False)
 

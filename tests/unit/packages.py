@@ -86,6 +86,9 @@ def write(directory: Path, package: Package) -> Path:
         link(directory, f"{SHARE}/system", package.system)
     _one(directory, "vsock-cid", package.vsock_cid)
     _one(directory, "readiness", package.readiness)
+    if package.notify_socket is not None:
+        kind = "vsock-stream" if package.notify_socket.is_stream else "vsock"
+        _one(directory, "notify-socket", f"{kind}:2:{package.notify_socket.port}")
     if package.control_socket is not None:
         _one(directory, "control-socket", package.control_socket.path)
         _one(directory, "control-protocol", package.control_socket.protocol)

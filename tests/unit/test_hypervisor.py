@@ -327,7 +327,7 @@ def become(tmp_path: Path, program: str) -> subprocess.CompletedProcess[str]:
         "import os\n"
         "print(os.getpid(), flush=True)\n"
         "try:\n"
-        f"    hypervisor.become({program!r}, '/package', 'qemu')\n"
+        f"    hypervisor.become({program!r}, 'Running it')\n"
         "except PackageError as error:\n"
         "    print(error); sys.exit(error.exit_code)\n"
     )
@@ -354,4 +354,4 @@ def test_become_without_interpreter(tmp_path: Path) -> None:
 
 def test_become_what_may_not_run(tmp_path: Path) -> None:
     with pytest.raises(PackageError, match="cannot be executed by this user"):
-        hypervisor.become(str(packages.put(tmp_path, "run", "x")), "/package")
+        hypervisor.become(str(packages.put(tmp_path, "run", "x")), "Running it")

@@ -11,7 +11,7 @@ import pytest
 from microvm_host import runner
 from microvm_host.errors import EXIT_CONFIG, MicrovmHostError, PackageError
 from microvm_host.paths import HostPaths
-from microvm_host.runner import SHARE, ControlSocket, Macvtap, Package, Share, Tap
+from microvm_host.runner import SHARE, ControlSocket, Macvtap, NotifySocket, Package, Share, Tap
 from microvm_host.shares import socket_path, source_path
 
 from . import packages, wrong_packages
@@ -61,6 +61,7 @@ def test_everything(tmp_path: Path) -> None:
         system="/nix/store/x-nixos-system-web-24.05",
         vsock_cid=4294967294,
         readiness="guest",
+        notify_socket=NotifySocket(9999, is_stream=True, path="notify.vsock_9999"),
         control_socket=ControlSocket("web.sock", "cloud-hypervisor"),
         event_log="run/events.json",
         machine_uuid="12345678-1234-1234-1234-123456789abc",
@@ -72,6 +73,33 @@ def test_everything(tmp_path: Path) -> None:
     assert runner.load_taps(str(tmp_path)) == whole.taps
     assert runner.load_macvtaps(str(tmp_path)) == whole.macvtaps
     assert runner.load_shares(str(tmp_path)) == whole.shares
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, None),
+        ({"hypervisor": "qemu"}, None),
+        ({"vsock-cid": "7"}, NotifySocket(8888)),
+        ({"vsock-cid": "7", "hypervisor": "qemu"}, NotifySocket(8888)),
+        ({"vsock-cid": "7", "notify-socket": "vsock:2:1024"}, NotifySocket(1024)),
+        ({"vsock-cid": "7", "notify-socket": "vsock-seqpacket:2:1024"}, NotifySocket(1024)),
+        ({"vsock-cid": "7", "notify-socket": "vsock-stream:2:1024"}, NotifySocket(1024, True)),
+        # The hypervisor carries it, by streams whatever the guest asked for.
+        (
+            {"hypervisor": "cloud-hypervisor"},
+            NotifySocket(8888, True, "notify.vsock_8888"),
+        ),
+        (
+            {"hypervisor": "firecracker", "vsock-cid": "7", "notify-socket": "vsock:2:5000"},
+            NotifySocket(5000, True, "notify.vsock_5000"),
+        ),
+    ],
+)
+def test_notify_socket(package: Path, files: dict[str, str], expected: NotifySocket | None) -> None:
+    for name, value in files.items():
+        packages.put(package, f"{SHARE}/{name}", f"{value}\n")
+    assert runner.load(str(package)).notify_socket == expected
 
 
 def test_before_tap_flags(package: Path) -> None:

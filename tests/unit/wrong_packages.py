@@ -147,6 +147,8 @@ PCI = f"{SHARE}/pci-devices"
 VIRTIOFS = f"{SHARE}/virtiofs"
 CID = f"{SHARE}/vsock-cid"
 UUID = f"{SHARE}/machine-uuid"
+READINESS = f"{SHARE}/readiness"
+NOTIFY = f"{SHARE}/notify-socket"
 HYPERVISOR = f"{SHARE}/hypervisor"
 RUN = "bin/microvm-run"
 MAC = "02:00:00:00:00:01"
@@ -407,7 +409,22 @@ CASES = (
     Case("hypervisor", holds(HYPERVISOR, "../qemu\n"), "'../qemu' is not the name", HYPERVISOR, 1),
     Case("hypervisor-two", holds(HYPERVISOR, "qemu\nkvmtool\n"), "than one line", HYPERVISOR, 2),
     Case("hypervisor-fifo", is_fifo(HYPERVISOR), "is not a regular file", HYPERVISOR),
-    Case("readiness", holds(f"{SHARE}/readiness", "soon"), "'soon'", f"{SHARE}/readiness", 1),
+    Case("readiness", holds(READINESS, "soon"), "'soon'", READINESS, 1),
+    Case(
+        "readiness-no-cid",
+        both(holds(HYPERVISOR, "qemu\n"), is_missing(CID), holds(READINESS, "guest\n")),
+        "wants the guest's vsock CID",
+        READINESS,
+    ),
+    Case("notify-word", holds(NOTIFY, "8888\n"), "'8888' is not a vsock address", NOTIFY, 1),
+    Case("notify-dgram", holds(NOTIFY, "vsock-dgram:2:8888\n"), "is not a vsock addr", NOTIFY, 1),
+    Case("notify-cid", holds(NOTIFY, "vsock:3:8888\n"), "is not a vsock address", NOTIFY, 1),
+    Case("notify-unix", holds(NOTIFY, "/run/systemd/notify"), "is not a vsock addre", NOTIFY, 1),
+    Case("notify-path", holds(NOTIFY, "vsock:2:1/../../x"), "'1/../../x' is not a v", NOTIFY, 1),
+    Case("notify-low", holds(NOTIFY, "vsock:2:1023\n"), "'1023' is not a vsock port", NOTIFY, 1),
+    Case("notify-any", holds(NOTIFY, "vsock:2:4294967295"), "is not a vsock port", NOTIFY, 1),
+    Case("notify-none", holds(NOTIFY, "vsock:2:\n"), "'' is not a vsock port", NOTIFY, 1),
+    Case("notify-digits", holds(NOTIFY, "vsock:2:٩٩٩٩"), "is not a vsock port", NOTIFY, 1),
     Case(
         "control-alone", holds(f"{SHARE}/control-socket", "a.sock"), "control-protocol is m", SHARE
     ),
