@@ -151,6 +151,8 @@ class Systemd:
         self.socket.bind(str(path))
         self.messages: list[str] = []
         self.barriers = 0
+        self.may_go_on = threading.Event()
+        self.may_go_on.set()
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
 
@@ -159,6 +161,7 @@ class Systemd:
             data, fds, *_ = socket.recv_fds(self.socket, 65536, 8)
             if data == b"end":
                 return
+            self.may_go_on.wait(10)
             if data == b"BARRIER=1":
                 self.barriers += 1
             else:
@@ -273,6 +276,16 @@ def test_ready_is_passed_on_in_our_own_words(
     assert not running.path.exists()
 
 
+def test_a_slow_systemd_is_waited_for(start: Start, systemd: Systemd) -> None:
+    """It looks up who sent a message when it comes to it: that process must still be there."""
+    running = start()
+    systemd.may_go_on.clear()
+    running.say(b"READY=1")
+    assert not running.ended(0.5)
+    systemd.may_go_on.set()
+    assert running.ended()
+
+
 def test_without_a_status(start: Start, systemd: Systemd) -> None:
     running = start()
     running.say(b"READY=1")
@@ -317,8 +330,10 @@ def test_a_sender_whose_end_does_not_come(start: Start) -> None:
     """cloud-hypervisor keeps the guest's shutdown(2) to itself; the guest waits for our end."""
     running = start()
     with running.connect() as guest:
+        began = time.monotonic()
         guest.sendall(b"READY=1")
         assert guest.recv(1) == b""
+        assert time.monotonic() - began < readiness.CONNECTION_MAX / 2
     assert running.ended()
 
 
