@@ -177,6 +177,16 @@ class HostPaths:
         return self.at("/run/systemd/private")
 
     @property
+    def machined_socket(self) -> str:
+        """Where systemd-machined speaks Varlink, from 257 on."""
+        return self.at("/run/systemd/machine/io.systemd.Machine")
+
+    @property
+    def machine_id(self) -> str:
+        """What tells this host from others (machine-id(5))."""
+        return self.at("/etc/machine-id")
+
+    @property
     def gc_roots(self) -> str:
         """Links here keep what they point to from nix's garbage collector."""
         return self.at("/nix/var/nix/gcroots/microvm")

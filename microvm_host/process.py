@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-def output(argv: list[str]) -> str:
+def output(argv: list[str], *, errors: bool = False) -> str:
     """Run a program, found in $PATH, and give its standard output.
 
-    Its standard error goes where ours goes.
+    Its standard error goes where ours goes; or, with `errors`, into the output, which is told if
+    it fails.
 
     Raises:
         MicrovmHostError: it is missing or did not exit with 0.
@@ -28,9 +29,8 @@ def output(argv: list[str]) -> str:
     reader, writer = os.pipe()
     try:
         try:
-            child = os.posix_spawnp(
-                argv[0], argv, environment, file_actions=[(os.POSIX_SPAWN_DUP2, writer, 1)]
-            )
+            actions = [(os.POSIX_SPAWN_DUP2, writer, fd) for fd in ((1, 2) if errors else (1,))]
+            child = os.posix_spawnp(argv[0], argv, environment, file_actions=actions)
         except OSError as error:
             raise MicrovmHostError(f"cannot run {argv[0]}: {error.strerror}") from error
         finally:
@@ -41,9 +41,11 @@ def output(argv: list[str]) -> str:
     finally:
         os.close(reader)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    text = b"".join(chunks).decode(errors="replace")
     if code:
-        raise MicrovmHostError(f"`{' '.join(argv)}` failed with {code}")
-    return b"".join(chunks).decode(errors="replace")
+        said = f": {text.strip()}" if errors and text.strip() else ""
+        raise MicrovmHostError(f"`{' '.join(argv)}` failed with {code}{said}")
+    return text
 
 
 def call_apart(

@@ -19,6 +19,12 @@ SET_UP = [
     "microvm-tap-interfaces@.service.in",
     "microvm-virtiofsd@.service.in",
 ]
+MORE_SERVICES = [
+    "install-microvm@.service.in",
+    "microvm-machined@.service.in",
+    "microvm-share-lost@.service.in",
+    "microvm@.service.in",
+]
 STATE = "/var/lib/microvms"
 # Directives that take rights away, or give some; each has a reason beside it.
 HARDENING = re.compile(
@@ -44,9 +50,7 @@ def values(name: str, key: str) -> list[str]:
 
 def test_each_unit_is_known_here() -> None:
     assert [path.name for path in UNITS] == sorted(
-        [*SET_UP, "install-microvm@.service.in", "microvm@.service.in"]
-        + ["microvm-share-lost@.service.in"]
-        + ["microvm-undo@.target", "microvms.target"]
+        [*SET_UP, *MORE_SERVICES] + ["microvm-undo@.target", "microvms.target"]
     )
 
 
@@ -78,7 +82,7 @@ def test_hardening_has_its_reason_beside_it(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [*SET_UP, "install-microvm@.service.in", "microvm-share-lost@.service.in"]
+    "name", [*SET_UP, *(name for name in MORE_SERVICES if name != "microvm@.service.in")]
 )
 def test_root_is_bounded_or_it_is_said_why_not(name: str) -> None:
     text = "\n".join(lines(name))
@@ -119,10 +123,7 @@ def test_set_up_follows_set_booted_and_is_skipped_where_not_asked_for(name: str)
 
 @pytest.mark.parametrize(
     "name",
-    [
-        *SET_UP,
-        *("install-microvm@.service.in", "microvm-share-lost@.service.in", "microvm@.service.in"),
-    ],
+    [*SET_UP, *MORE_SERVICES],
 )
 def test_services(name: str) -> None:
     assert values(name, "StartLimitIntervalSec") == ["0"]
@@ -131,6 +132,16 @@ def test_services(name: str) -> None:
         for line in lines(name):
             if line.startswith(f"{key}="):
                 assert re.fullmatch(rf"{key}=\+?@libexecdir@/helper [a-z-]+ %i", line)
+
+
+def test_registration_is_in_nobodys_way() -> None:
+    name = "microvm-machined@.service.in"
+    assert name.removesuffix(".in").replace("@.", "@%i.") in values("microvm@.service.in", "Wants")
+    assert values(name, "After") == ["microvm@%i.service"]
+    assert values(name, "PartOf") == ["microvm@%i.service"]
+    # The next start registers anew; and machined is not started for VMs that do not ask for it.
+    assert values(name, "RemainAfterExit") == []
+    assert values(name, "Wants") == values(name, "Requires") == []
 
 
 def test_verbs_are_the_helpers() -> None:
