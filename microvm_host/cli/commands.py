@@ -196,10 +196,12 @@ def status(vm: str, as_json: bool) -> None:
         if not as_json:
             jobs.show_unit(vm)
         raise
+    readiness = jobs.readiness(vm) or package.readiness
     details = {
         **listing.as_json(row),
         "hypervisor": package.hypervisor,
         "vsock_cid": package.vsock_cid,
+        "readiness": readiness,
         "taps": [tap.name for tap in package.taps],
         "macvtaps": [macvtap.name for macvtap in package.macvtaps],
         "pci_devices": list(package.pci_devices),
@@ -218,6 +220,7 @@ def status(vm: str, as_json: bool) -> None:
         ("from", details["source"]),
         ("hypervisor", package.hypervisor),
         ("vsock CID", package.vsock_cid),
+        ("readiness", _readiness(readiness, row.active)),
         ("taps", ", ".join(tap.name for tap in package.taps)),
         ("macvtaps", ", ".join(f"{each.name} on {each.link}" for each in package.macvtaps)),
         ("PCI", ", ".join(package.pci_devices)),
@@ -235,6 +238,14 @@ def status(vm: str, as_json: bool) -> None:
             click.echo(f"{title:>12}: {value}")
     sys.stdout.flush()
     sys.exit(jobs.show_unit(vm))
+
+
+def _readiness(readiness: str, active: str) -> str:
+    """What the VM's start waits for, where that is not just its hypervisor."""
+    if readiness != "guest":
+        return ""
+    states = {"activating": ", which is waited for", "active": ", which is ready"}
+    return readiness + states.get(active, "")
 
 
 @microvm.group(invoke_without_command=True)

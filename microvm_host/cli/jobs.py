@@ -191,6 +191,7 @@ def become_ssh(user: str, vm: str, cid: int, arguments: Sequence[str]) -> NoRetu
 def become_journalctl(vm: str, arguments: Sequence[str]) -> NoReturn:
     """Become journalctl, for a VM and all that belongs to it."""
     units = [names.unit(vm), *names.set_up_units(vm)]
+    units += [f"microvm-machined@{vm}.service"]
     units += [f"install-microvm@{vm}.service", f"microvm-virtiofsd-{names.escape(vm)}-*"]
     _become(["journalctl", *(f"--unit={unit}" for unit in units), *arguments])
 

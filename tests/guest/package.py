@@ -136,6 +136,8 @@ class Package:
     symlinks: bool = False
     """Whether ``bin/*`` are links to scripts elsewhere in the package, as nix makes them."""
     readiness: Literal["exec", "guest"] | None = None
+    notify_socket: str | None = None
+    """What the guest's systemd has in ``vmm.notify_socket``."""
     control_socket: str | None = None
     control_protocol: Literal["qmp", "cloud-hypervisor", "firecracker"] | None = None
     event_log: str | None = None
@@ -172,6 +174,7 @@ class Package:
             lines["vsock-cid"] = [str(self.vsock_cid)]
         for name, value in (
             ("readiness", self.readiness),
+            ("notify-socket", self.notify_socket),
             ("control-socket", self.control_socket),
             ("control-protocol", self.control_protocol),
             ("event-log", self.event_log),
@@ -306,6 +309,10 @@ class Guest(Package):
     """Serial numbers of disks to read the first line of, and to write to."""
     pings: tuple[str, ...] = ()
     shell_port: int | None = None
+    notify_tree: str | None = None
+    """A mounted share with a Debian tree, whose systemd-notify says that the guest is ready."""
+    systemd_tree: str | None = None
+    """A mounted share with a Debian tree, whose systemd takes over."""
     kernel_args: tuple[str, ...] = ()
 
     @property
@@ -362,9 +369,12 @@ class Guest(Package):
             ("crash-after", self.crash_after),
             ("fail-after", self.fail_after),
             ("shell", self.shell_port),
+            ("systemd", self.systemd_tree),
         ):
             if value is not None:
                 args.append(f"guest.{name}={value}")
+        if self.notify_tree:
+            args.append(f"guest.notify={self.notify_tree},{self.notify_socket or NOTIFY_SOCKET}")
         return [*args, *self.kernel_args]
 
     def qemu_argv(self, kernel: str, initrd: str) -> list[str]:
@@ -421,6 +431,9 @@ class Guest(Package):
             argv += ["-netdev", "user,id=user0", "-device", _nic("user0", USER_MAC, 1)]
         if self.vsock_cid is not None:
             argv += ["-device", f"vhost-vsock-pci,guest-cid={self.vsock_cid}"]
+            # The microvm machine has no such tables: there, QEMU ignores it.
+            credential = f"vmm.notify_socket={self.notify_socket or NOTIFY_SOCKET}"
+            argv += ["-smbios", f"type=11,value=io.systemd.credential:{_quoted(credential)}"]
         return [*argv, *self.qemu_args]
 
     def macvtap_fds(self) -> list[list[int]]:
@@ -537,6 +550,7 @@ class Guest(Package):
         return directory
 
 
+NOTIFY_SOCKET = "vsock:2:8888"
 USER_MAC = "52:54:00:00:02:0f"
 CTRL_ALT_DELETE = ("ctrl", "alt", "delete")
 
@@ -793,6 +807,7 @@ def imitate(package: PackageT, era: Era) -> PackageT:
         "symlinks": True,
         "share_options": False,
         "readiness": None,
+        "notify_socket": None,
         "control_socket": None,
         "control_protocol": None,
         "machine_uuid": None,
@@ -951,6 +966,7 @@ def _common_options(parser: argparse.ArgumentParser) -> None:
     add("--register", action="store_true", help="with microvm-register and -unregister")
     add("--symlinks", action="store_true", help="bin/* are links")
     add("--readiness", choices=("exec", "guest"))
+    add("--notify-socket", metavar="ADDRESS", help="where the guest says that it is ready")
     add("--control-socket", metavar="PATH")
     add("--control-protocol", choices=("qmp", "cloud-hypervisor", "firecracker"))
     add("--machine-uuid", metavar="UUID")

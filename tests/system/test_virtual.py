@@ -262,6 +262,108 @@ def test_ssh_over_vsock(machine: Toolkit) -> None:
     assert done.stdout == "over vsock\n"
 
 
+@pytest.fixture
+def tree(machine: Toolkit) -> Iterator[Share]:
+    """The host's own root as a share, without what is mounted in it: a whole Debian."""
+    machine.sh("mkdir -p /srv/tree && mount --bind / /srv/tree")
+    yield Share(tag="tree", source="/srv/tree", mount="/mnt/tree", read_only=True)
+    machine.sh("umount /srv/tree")
+
+
+def test_guests_say_that_they_are_ready_over_vsock(machine: Toolkit, tree: Share) -> None:
+    """Two VMs with one port, told by systemd's own systemd-notify in them, some times each."""
+    before = machine.footprint()
+    names = ("seq", "stream")
+    for number, name in enumerate(names):
+        machine.create(
+            Guest(
+                name=name,
+                image=Image(Path(IMAGE)),
+                placement="refer",
+                image_prefix=IMAGE,
+                shares=(tree,),
+                vsock_cid=100 + number,
+                readiness="guest",
+                notify_socket=f"vsock{'' if name == 'seq' else '-stream'}:2:9000",
+                notify_tree="/mnt/tree",
+            )
+        )
+    units = [f"microvm@{name}" for name in names]
+    for _ in range(2):
+        # Both at once: one waits for the other's port before it starts at all.
+        machine.systemctl("start", *units, timeout=300)
+        for unit, name in zip(units, names, strict=True):
+            assert machine.property(unit, "ActiveState") == "active"
+            assert machine.property(unit, "StatusText") == (
+                f"Running qemu from /opt/packages/{name}; the guest says: Said by systemd-notify."
+            )
+            main = machine.property(unit, "MainPID")
+            assert "qemu" in machine.sh(f"readlink /proc/{main}/exe")
+        assert machine.sh("pgrep -x helper", check=False) == ""
+        machine.systemctl("stop", *units, timeout=120)
+        machine.await_footprint(before, timeout=60)
+    waited = [
+        line for name in names for line in machine.journal(name) if ": waiting for it" in line
+    ]
+    assert len(waited) == 2, waited
+    assert all("vsock port 9000 is taken, perhaps by microVM s" in line for line in waited)
+    for name in names:
+        machine.remove(name)
+
+
+def test_the_guests_own_systemd(machine: Toolkit, tree: Share) -> None:
+    """The real thing: systemd boots in the guest, says that it is ready, and takes an ssh."""
+    before = machine.footprint()
+    uuid = "12345678-1234-1234-1234-123456789abc"
+    machine.sh(
+        "test -e /root/.ssh/id_ed25519 || ssh-keygen -q -t ed25519 -N '' -f /root/.ssh/id_ed25519; "
+        "cat /root/.ssh/id_ed25519.pub >> /root/.ssh/authorized_keys"
+    )
+    machine.create(
+        Guest(
+            name="real",
+            image=Image(Path(IMAGE)),
+            placement="refer",
+            image_prefix=IMAGE,
+            # The other one has no tables for the credential to stand in.
+            machine="q35",
+            memory_mb=512,
+            shares=(tree,),
+            vsock_cid=77,
+            machine_uuid=uuid,
+            readiness="guest",
+            systemd_tree="/mnt/tree",
+            kernel_args=("systemd.unit=multi-user.target", "systemd.show_status=true"),
+        )
+    )
+    machine.systemctl("start", "microvm@real", timeout=300)
+    status = machine.property("microvm@real", "StatusText")
+    assert status.startswith("Running qemu from /opt/packages/real; the guest says: "), status
+    lines = machine.journal("real")
+    assert any("handing over to systemd" in line for line in lines)
+    machined = machine.sh(
+        "for i in $(seq 100); do machinectl show real 2>/dev/null && break; sleep 0.1; done"
+    ).splitlines()
+    assert {f"Id={uuid.replace('-', '')}", "VSockCID=77", "SSHAddress=vsock/77"} <= {*machined}
+    said = machine.sh(
+        "ssh -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null vsock/77 "
+        "'hostname; systemctl is-system-running; cat /sys/class/dmi/id/product_uuid'",
+        timeout=120,
+        check=False,
+    )
+    assert uuid in said, said
+    machine.host.run(["machinectl", "terminate", "real"])
+    machine.sh(
+        "for i in $(seq 600); do "
+        "[ $(systemctl show -P ActiveState microvm@real) = inactive ] && exit; sleep 0.1; done; "
+        "exit 1",
+        timeout=120,
+    )
+    assert machine.property("microvm@real", "Result") == "success"
+    machine.await_footprint(before, timeout=60)
+    machine.remove("real")
+
+
 def test_up_again_after_a_real_reboot(machine: Toolkit) -> None:
     machine.create(Stub(name="always", taps=(Tap(name="always0", mac="02:00:00:00:04:01"),)))
     machine.systemctl("enable", "--now", "microvm@always", timeout=120)
