@@ -196,6 +196,16 @@ def become_journalctl(vm: str, arguments: Sequence[str]) -> NoReturn:
     _become(["journalctl", *(f"--unit={unit}" for unit in units), *arguments])
 
 
+def readiness(vm: str) -> str:
+    """What the administrator has a VM's start wait for (MICROVM_READINESS=); `` for nothing."""
+    try:
+        words = systemd.show(names.unit(vm), "Environment").get("Environment", "").split()
+    except MicrovmHostError:
+        return ""
+    given = [word.partition("=")[2] for word in words if word.startswith("MICROVM_READINESS=")]
+    return given[-1] if given else ""
+
+
 def show_unit(vm: str) -> int:
     """Print `systemctl status` of a VM; gives its exit code, 3 for one that does not run."""
     return subprocess.run(["systemctl", "status", "--", names.unit(vm)]).returncode

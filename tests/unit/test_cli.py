@@ -203,6 +203,35 @@ def test_status_json(capfd: pytest.CaptureFixture[str], web: Package) -> None:
     assert found["taps"] == ["vm0", "vm1"]
     assert found["shares"] == [{"tag": "data", "source": "/srv/data", "read_only": True}]
     assert found["vsock_cid"] == 42
+    assert found["readiness"] == "exec"
+
+
+@pytest.mark.parametrize(
+    ("file", "setting", "active", "shown"),
+    [
+        ("guest", "", "activating", "guest, which is waited for"),
+        ("guest", "", "active", "guest, which is ready"),
+        ("guest", "", "failed", "guest"),
+        ("guest", "A=1 MICROVM_READINESS=exec", "active", None),
+        ("exec", "MICROVM_READINESS=guest B=2", "active", "guest, which is ready"),
+    ],
+)
+def test_status_tells_what_is_waited_for(
+    capfd: pytest.CaptureFixture[str],
+    web: Package,
+    monkeypatch: pytest.MonkeyPatch,
+    file: str,
+    setting: str,
+    active: str,
+    shown: str | None,
+) -> None:
+    packages.put(Path(web.path), "share/microvm/readiness", f"{file}\n")
+    monkeypatch.setattr(jobs, "show_unit", lambda vm: 0)
+    monkeypatch.setattr(systemd, "show", lambda unit, what: {what: setting})
+    monkeypatch.setattr(systemd, "states", lambda *units: {"microvm@web.service": active})
+    _, out, _ = run(capfd, "status", "web")
+    lines = [line for line in out.splitlines() if "readiness" in line]
+    assert lines == ([f"   readiness: {shown}"] if shown else [])
 
 
 def test_ssh(monkeypatch: pytest.MonkeyPatch, web: Package) -> None:
