@@ -79,6 +79,51 @@ def test_booted_and_not(host: HostPaths, web: Path) -> None:
     assert run("unset-booted", "web") == 0
 
 
+@pytest.mark.parametrize(
+    ("files", "lines"),
+    [
+        (
+            {"vsock-cid": "42"},
+            [["readiness", "exec"], ["notify", "vsock", "8888", "42", "seqpacket"]],
+        ),
+        (
+            {"vsock-cid": "42", "readiness": "guest", "notify-socket": "vsock-stream:2:9000"},
+            [["readiness", "guest"], ["notify", "vsock", "9000", "42", "stream"]],
+        ),
+        (
+            {"hypervisor": "firecracker", "readiness": "guest"},
+            [["readiness", "guest"], ["notify", "unix", "notify.vsock_8888"]],
+        ),
+    ],
+)
+@pytest.mark.parametrize("timeout", [150.0, None])
+def test_how_a_guest_may_be_waited_for(
+    host: HostPaths,
+    web: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    files: dict[str, str],
+    lines: list[list[str]],
+    timeout: float | None,
+) -> None:
+    monkeypatch.setattr(systemd, "start_timeout", lambda name: timeout)
+    for name, value in files.items():
+        packages.put(web, f"share/microvm/{name}", f"{value}\n")
+    assert run("set-booted", "web") == 0
+    found = Record(host.record("web", "booted")).read()
+    expected = lines + ([["start-timeout", "150.000000"]] if timeout else [])
+    assert [line for line in found if line[0] not in ("user", "hypervisor")] == expected
+
+
+def test_socket_of_a_listener_that_was_killed(host: HostPaths, web: Path) -> None:
+    packages.put(web, "share/microvm/hypervisor", "cloud-hypervisor\n")
+    Record(host.record("web", "booted")).append("notify", "unix", "notify.vsock_8888")
+    left, other = (f"{host.vm('web')}/notify.vsock_{port}" for port in (8888, 8889))
+    for path in (left, other):
+        Path(path).touch()
+    assert run("unset-booted", "web") == 0
+    assert (os.path.exists(left), os.path.exists(other)) == (False, True)
+
+
 def test_wrong_package_changes_nothing(
     host: HostPaths, web: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
