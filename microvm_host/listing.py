@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 
 from . import names, systemd
-from .errors import MicrovmHostError, NameInvalid
+from .errors import MicrovmHostError
 from .frozen import frozen
 from .record import Record
 
@@ -110,7 +110,7 @@ def rows(
         MicrovmHostError: systemd does not answer, or a VM of `only` does not exist.
     """
     try:
-        present = {entry for entry in os.listdir(host.state) if _is_name(entry)}
+        present = {entry for entry in os.listdir(host.state) if names.is_vm_name(entry)}
     except FileNotFoundError:
         present = set()
     for name in only:
@@ -152,14 +152,6 @@ def _lost(name: str, active: dict[str, str], host: HostPaths) -> tuple[str, ...]
     )
 
 
-def _is_name(text: str) -> bool:
-    try:
-        names.vm_name(text)
-    except NameInvalid:
-        return False
-    return True
-
-
 def _row(
     name: str,
     active: str,
@@ -188,14 +180,19 @@ def _version(link: str) -> Version | None:
         package = os.path.realpath(link, strict=True)
     except PermissionError:
         raise
-    except OSError:
+    except (OSError, ValueError):
+        # The latter for a NUL byte, in a path that was remembered.
         return None
     try:
         system = os.readlink(f"{package}/share/microvm/system")
     except OSError:
-        return Version(package)
+        return Version(_printable(package))
+    return Version(_printable(package), _printable(system))
+
+
+def _printable(text: str) -> str:
     # Anybody may have made the package: its text must not command the terminal.
-    return Version(package, system if system.isprintable() else repr(system))
+    return text if text.isprintable() else repr(text)
 
 
 def _newest(

@@ -40,6 +40,15 @@ def vm_name(text: str) -> str:
     return text
 
 
+def is_vm_name(text: str) -> bool:
+    """Whether a VM may be called so."""
+    try:
+        vm_name(text)
+    except NameInvalid:
+        return False
+    return True
+
+
 def interface_name(text: str) -> str:
     """Check the name of a network interface (the kernel's dev_valid_name(), and no `%`)."""
     if not text:
@@ -56,6 +65,15 @@ def interface_name(text: str) -> str:
         if character in text:
             raise NameInvalid(f"interface name {text!r} holds {character!r}")
     return text
+
+
+def is_interface_name(text: str) -> bool:
+    """Whether a network interface may be called so."""
+    try:
+        interface_name(text)
+    except NameInvalid:
+        return False
+    return True
 
 
 def share_tag(text: str) -> str:
@@ -143,16 +161,17 @@ def escape(text: str) -> str:
 
 def unescape(text: str) -> str:
     """Undo `escape`; raises NameInvalid for what it never gives."""
-    parts = text.replace("-", "/").split("\\x")
-    found = parts[0].encode()
-    for part in parts[1:]:
-        if len(part) < 2 or not _HEX.issuperset(part[:2]):
-            raise NameInvalid(f"{text!r} is not an escaped name")
-        found += bytes((int(part[:2], 16),)) + part[2:].encode()
+    first, *others = text.replace("-", "/").split("\\x")
     try:
-        return found.decode()
-    except UnicodeDecodeError as error:
-        raise NameInvalid(f"{text!r} is not an escaped name") from error
+        found = first.encode() + b"".join(
+            bytes.fromhex(other[:2]) + other[2:].encode() for other in others
+        )
+        plain = found.decode()
+    except ValueError:
+        plain = ""
+    if escape(plain) != text:
+        raise NameInvalid(f"{text!r} is not an escaped name")
+    return plain
 
 
 def unit(name: str) -> str:
@@ -180,13 +199,38 @@ def foreground_unit(name: str) -> str:
     return f"microvm-foreground-{escape(name)}.service"
 
 
+_SHARE_UNIT = "microvm-virtiofsd-"
+
+
+def own_share_unit(name: str) -> str:
+    """The transient unit of a package's own virtiofsd-run."""
+    return f"{_SHARE_UNIT}{escape(name)}.service"
+
+
 def share_unit(name: str, tag: str, suffix: str) -> str:
     """The transient unit of one share; `suffix` is `.socket` or `.service`.
 
     Escaped names hold no bare `-`, so that the VM `a` with the tag `b-c` and the VM `a-b` with the
     tag `c` do not meet in one name.
     """
-    return f"microvm-virtiofsd-{escape(name)}-{escape(tag)}{suffix}"
+    return f"{_SHARE_UNIT}{escape(name)}-{escape(tag)}{suffix}"
+
+
+def vm_of_share_unit(unit: str) -> str | None:
+    """The VM that a unit of shares is of; None for a unit of another name.
+
+    Takes those of `share_unit` and the one of a package's own virtiofsd-run.
+    """
+    name, dot, suffix = unit.rpartition(".")
+    if not dot or suffix not in ("socket", "service") or not name.startswith(_SHARE_UNIT):
+        return None
+    first, dash, second = name.removeprefix(_SHARE_UNIT).partition("-")
+    # A tag may nest, which escapes to a `-`.
+    try:
+        vm, tag = unescape(first), unescape(second)
+    except NameInvalid:
+        return None
+    return vm if is_vm_name(vm) and bool(tag) == bool(dash) else None
 
 
 def share_lost_unit(name: str, tag: str) -> str:

@@ -131,7 +131,7 @@ class RunOwnScript:
         return f"run {VIRTIOFSD_RUN} of the package for {len(self.sockets)} shares"
 
     def apply(self, record: Record) -> None:
-        unit = f"microvm-virtiofsd-{names.escape(self.vm)}.service"
+        unit = names.own_share_unit(self.vm)
         record.append("unit", unit)
         for socket in self.sockets:
             record.append("socket", socket)

@@ -138,3 +138,32 @@ def test_units() -> None:
         names.share_unit("web-1", "home/alice", ".socket")
         == "microvm-virtiofsd-web\\x2d1-home-alice.socket"
     )
+
+
+@pytest.mark.parametrize("vm", ["web", "web-1", "a.b:c_d"])
+@pytest.mark.parametrize("tag", ["t", "home/alice", "b-c", "ü x", "a@b.c"])
+def test_the_vm_of_a_units_name(vm: str, tag: str) -> None:
+    for suffix in (".socket", ".service"):
+        assert names.vm_of_share_unit(names.share_unit(vm, tag, suffix)) == vm
+    assert names.vm_of_share_unit(names.own_share_unit(vm)) == vm
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [
+        "microvm-virtiofsd-web-t.target",
+        "microvm-virtiofsd-web-t",
+        "microvm-virtiofsd-.socket",
+        "microvm-virtiofsd--t.socket",
+        "microvm-virtiofsd-\\x2eweb-t.socket",
+        # Not how systemd-escape(1) writes them.
+        "microvm-virtiofsd-web-\\x41.socket",
+        "microvm-virtiofsd-web-\\x2D.socket",
+        "microvm-virtiofsd-web-\\x2.socket",
+        "microvm-virtiofsd-web-\\xff.socket",
+        "microvm-virtiofsd@web.service",
+        "virtiofsd-web-t.socket",
+    ],
+)
+def test_units_of_others(unit: str) -> None:
+    assert names.vm_of_share_unit(unit) is None
