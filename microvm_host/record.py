@@ -61,8 +61,10 @@ class Record:
                 # A line without its end was being written when its writer was killed: the step
                 # that it announces was not taken.
                 return [line[:-1].split("\t") for line in source if line.endswith("\n")]
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
+        except UnicodeDecodeError as error:
+            raise MicrovmHostError("the record is not UTF-8 text", path=self.path) from error
 
     def clear(self) -> None:
         """Forget everything, the VM's directory of records too if this was the last one."""

@@ -107,3 +107,18 @@ def test_holders(tmp_path: Path) -> None:
     assert holders(str(tmp_path), "taps", ("tap", "vm0")) == ["a", "b"]
     assert holders(str(tmp_path), "taps", ("adopted", "vm0")) == ["a"]
     assert holders(str(tmp_path), "taps", ("tap", "vm0", "7")) == ["b"]
+
+
+def test_what_is_no_text_is_not_believed(record: Record) -> None:
+    record.append("tap", "vm0", "7")
+    with open(record.path, "ab") as target:
+        target.write(b"tap\t\xff\t8\n")
+    with pytest.raises(MicrovmHostError, match="is not UTF-8 text") as caught:
+        record.read()
+    assert caught.value.path == record.path
+
+
+def test_a_file_among_the_directories_of_records(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    Record(str(tmp_path / "web/taps")).append("tap", "vm0", "7")
+    assert holders(str(tmp_path), "taps", ("tap", "vm0")) == ["web"]
