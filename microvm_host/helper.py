@@ -379,7 +379,7 @@ def install(name: str, host: HostPaths) -> None:
 
     declared = declaration.load(host.declaration(name))
     log.status(f"Installing {declared.source}")
-    change = install.from_source(name, declared.source, host)
+    change = install.from_source(name, declared.source, host, is_declared=True)
     log.status(change.describe())
 
 

@@ -14,7 +14,7 @@ import subprocess
 from . import runner, state, systemd
 from .errors import MicrovmHostError, UsageError
 from .frozen import frozen
-from .source import KINDS, Source
+from .source import DECLARED, KINDS, Source
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -66,8 +66,11 @@ def create(name: str, source: Source, host: HostPaths) -> Change:
     return from_source(name, source, host)
 
 
-def from_source(name: str, source: Source, host: HostPaths) -> Change:
+def from_source(name: str, source: Source, host: HostPaths, *, is_declared: bool = False) -> Change:
     """Take the package from its source, check it, and make it `current`.
+
+    Args:
+        is_declared: the source stands in a declaration, which is remembered.
 
     Raises:
         MicrovmHostError: it cannot be had; `current` is as it was, and a VM that was not there
@@ -83,6 +86,8 @@ def from_source(name: str, source: Source, host: HostPaths) -> Change:
         after = runner.load(package).path
         _keep_from_collection(name, after, host)
         _remember(name, source, host)
+        if is_declared:
+            _write(f"{host.vm(name)}/{DECLARED}", "")
         if after != before:
             state.link(host.current(name), after)
     except BaseException:
@@ -155,15 +160,20 @@ def _remember(name: str, source: Source, host: HostPaths) -> None:
     for kind in KINDS:
         path = f"{host.vm(name)}/{kind}"
         if kind == source.kind:
-            temporary = f"{path}.{os.getpid()}"
-            if os.path.lexists(temporary):
-                os.unlink(temporary)
-            # Exclusively: the VM's user, who may make files here, must not have us follow a link.
-            with open(temporary, "x", encoding="utf-8") as target:
-                target.write(source.reference + "\n")
-            os.replace(temporary, path)
+            _write(path, source.reference + "\n")
         elif os.path.lexists(path):
             os.unlink(path)
+
+
+def _write(path: str, text: str) -> None:
+    """Make a file of a state directory at one stroke."""
+    temporary = f"{path}.{os.getpid()}"
+    if os.path.lexists(temporary):
+        os.unlink(temporary)
+    # Exclusively: the VM's user, who may make files here, must not have us follow a link.
+    with open(temporary, "x", encoding="utf-8") as target:
+        target.write(text)
+    os.replace(temporary, path)
 
 
 def _keep_from_collection(name: str, package: str, host: HostPaths) -> None:

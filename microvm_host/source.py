@@ -11,6 +11,8 @@ from .frozen import frozen
 
 # Files in the state directory that remember it, one line each; `flake` as on NixOS.
 KINDS = ("runner", "flake")
+# Beside them, an empty file: a declaration says that this VM is to be.
+DECLARED = "declared"
 # Far more than a flake reference is long.
 _REFERENCE_MAX = 4096
 
@@ -33,6 +35,14 @@ def remembered(state_directory: str) -> Source | None:
         finally:
             os.close(file)
     return None
+
+
+def is_from_declaration(state_directory: str) -> bool:
+    """Whether a declaration made this VM, be it there still or not."""
+    try:
+        return _is_roots_file(os.lstat(f"{state_directory}/{DECLARED}"))
+    except OSError:
+        return False
 
 
 def _is_roots_file(status: os.stat_result) -> bool:

@@ -144,6 +144,18 @@ def test_a_path_is_remembered_as_given_and_resolved(host: HostPaths, one: str, t
     assert os.readlink(host.current("web")) == two
 
 
+def test_that_it_was_declared_is_remembered(host: HostPaths, one: str, two: str) -> None:
+    install.from_source("web", Source("runner", one), host, is_declared=True)
+    assert source.is_from_declaration(host.vm("web"))
+    install.create("by-hand", Source("runner", one), host)
+    assert not source.is_from_declaration(host.vm("by-hand"))
+    # An update by hand does not change whose it is.
+    for name in ("web", "by-hand"):
+        install.from_source(name, Source("runner", two), host)
+    assert source.is_from_declaration(host.vm("web"))
+    assert not source.is_from_declaration(host.vm("by-hand"))
+
+
 def test_failed_update_leaves_everything(host: HostPaths, one: str) -> None:
     install.create("web", Source("runner", one), host)
     before = snapshot(host.vm("web"))

@@ -10,7 +10,7 @@ import pytest
 
 from microvm_host import source
 from microvm_host.errors import NameInvalid
-from microvm_host.source import Source, remembered
+from microvm_host.source import Source, is_from_declaration, remembered
 
 
 @pytest.mark.parametrize(
@@ -86,6 +86,15 @@ def test_remembered_bears_with_anything(tmp_path: Path, kind: str) -> None:
             found.checked()
     else:
         assert found is None
+
+
+def test_only_root_says_that_a_vm_was_declared(tmp_path: Path) -> None:
+    assert not is_from_declaration(str(tmp_path))
+    (tmp_path / "declared").touch()
+    if os.geteuid() == 0:
+        assert is_from_declaration(str(tmp_path))
+        os.chown(tmp_path / "declared", 12345, -1)
+    assert not is_from_declaration(str(tmp_path))
 
 
 def test_remembers_only_what_is_roots(tmp_path: Path) -> None:
