@@ -115,6 +115,17 @@ def states(*patterns: str) -> dict[str, str]:
     return found
 
 
+def jobs(*patterns: str) -> set[str]:
+    """The units of these names or globs that wait for something to happen to them, or see it."""
+    text = process.output(
+        ["systemctl", "list-jobs", "--plain", "--full", "--no-legend", "--no-pager"]
+        + ["--", *map(_unescaped, patterns)]
+    )
+    # JOB UNIT TYPE STATE; without any job, some versions say so in words.
+    columns = [line.split() for line in text.splitlines()]
+    return {words[1] for words in columns if len(words) == 4 and words[0].isdigit()}
+
+
 def _unescaped(pattern: str) -> str:
     # systemctl takes the backslashes of escaped names for those of a glob.
     return pattern.replace("\\", "\\\\")

@@ -21,16 +21,24 @@ microvm@gone.service not-found inactive dead microvm@gone.service
 """
 
 
+JOBS = """\
+1234 microvm@web.service start waiting
+ 999 microvm-set-booted@web.service start running
+"""
+
+
 @pytest.fixture
 def calls(root: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
     """A systemctl that lists units, and fails to stop if the file `fail` is there."""
     packages.put(root, "listed", LISTED)
+    packages.put(root, "jobs", JOBS)
     packages.program(
         root,
         "bin/systemctl",
         f"""#!/bin/sh
 printf '%s\\n' "$*" >>{root}/calls
 case $1 in
+list-jobs) exec /bin/cat {root}/jobs ;;
 list-units) exec /bin/cat {root}/listed ;;
 stop) [ ! -e {root}/fail ]; code=$?; [ ! -e {root}/after ] || /bin/mv {root}/after {root}/listed
     exit $code ;;
@@ -50,6 +58,14 @@ def test_states(calls: Callable[[], list[str]]) -> None:
     }
     # systemctl takes backslashes for those of a glob.
     assert calls()[0].endswith(" -- microvm@*.service a\\\\x2db.socket")
+
+
+def test_jobs(calls: Callable[[], list[str]], root: Path) -> None:
+    found = {"microvm@web.service", "microvm-set-booted@web.service"}
+    assert systemd.jobs("microvm@*.service", "a\\x2db.socket") == found
+    assert calls()[0].endswith(" -- microvm@*.service a\\\\x2db.socket")
+    (root / "jobs").write_text("No jobs running.\n")
+    assert systemd.jobs("microvm@*.service") == set()
 
 
 @pytest.mark.parametrize(
