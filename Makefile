@@ -105,6 +105,7 @@ endif
 		$(DESTDIR)$(presetdir)/90-microvm-host.preset $(DESTDIR)$(bashcompletiondir)/microvm
 	for page in $(MANPAGES); do rm -f $(DESTDIR)$(mandir)/man$${page##*.}/$$page; done
 ifeq ($(DESTDIR),)
+	rm -f /run/microvm-host.lock
 	rmdir --ignore-fail-on-non-empty /run/microvm-host 2>/dev/null || true
 	if [ -d /run/systemd/system ]; then systemctl daemon-reload; fi
 	if [ -d /run/systemd/system ] && systemctl -q is-active systemd-udevd.service; then \

@@ -61,7 +61,7 @@ _microvm() {
     esac
 
     if [[ ! $command ]]; then
-        options='apply create list logs pci remove restart run ssh start status stop update'
+        options='apply create list logs pci reconcile remove restart run ssh start status stop update'
         [[ $current != -* ]] || options='-l -c -u -r -s -h --help --version'
     elif [[ $current == -* ]]; then
         case $command in
@@ -69,6 +69,7 @@ _microvm() {
             create) options='-f --flake --runner --start' ;;
             list) options='--check --json' ;;
             pci) options='-a --all --json' ;;
+            reconcile) options='--apply -y --yes --json' ;;
             remove) options='-y --yes' ;;
             status) options='--json' ;;
             update) options='-R --restart' ;;

@@ -78,6 +78,11 @@ class HostPaths:
     def record(self, name: str, what: str) -> str:
         return f"{self.records}/{name}/{what}"
 
+    @property
+    def reconcile_lock(self) -> str:
+        """Held by `microvm reconcile` while it undoes something."""
+        return self.at("/run/microvm-host.lock")
+
     def node_owner(self, kernel_name: str) -> str:
         """Tells udev whose a device node is; no VM's name begins with a dot."""
         return f"{self.records}/.nodes/{kernel_name}"

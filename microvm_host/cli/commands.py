@@ -9,7 +9,7 @@ import sys
 
 import click
 
-from .. import __version__, install, listing, names, runner, state
+from .. import __version__, install, listing, names, reconcile, runner, state
 from .. import apply as application
 from ..errors import EXIT_CONFIG, EXIT_FAILED, MicrovmHostError, PackageError, UsageError
 from ..paths import HostPaths
@@ -345,6 +345,79 @@ def apply(dry_run: bool, as_json: bool) -> None:
         click.echo(f"no declarations in {HOST.declarations}", err=True)
     if failed:
         sys.exit(EXIT_CONFIG if failed == EXIT_CONFIG else EXIT_FAILED)
+
+
+@microvm.command("reconcile")
+@click.option("--apply", "is_wanted", is_flag=True, help="Undo it, not only show it.")
+@click.option("-y", "--yes", is_flag=True, help="Stop undeclared VMs without asking.")
+@JSON
+def reconcile_(is_wanted: bool, yes: bool, as_json: bool) -> None:
+    """Show what VMs left behind, and undo it with --apply.
+
+    Exit code 1 says that something is left.
+    """
+    if yes and not is_wanted:
+        raise UsageError("--yes goes with --apply")
+    if is_wanted:
+        _as_root()
+    found = reconcile.find(HOST)
+    # How each is now: left, undone, failed, in-use or kept.
+    states = ["kept" if each.is_kept else "left" for each in found]
+    problems: list[tuple[str, ...]] = [() for _ in found]
+    if is_wanted:
+        for outcome in reconcile.undo(found, HOST):
+            at = found.index(outcome.leftover)
+            problems[at] = outcome.problems
+            states[at] = "failed" if outcome.problems else "undone"
+            if outcome.is_in_use:
+                states[at] = "in-use"
+        for at, leftover in enumerate(found):
+            if leftover.kind == "vm" and _may_stop(leftover, yes=yes):
+                jobs.run("stop", [leftover.vm])
+                states[at] = "undone"
+    if as_json:
+        rows = zip(found, states, problems, strict=True)
+        click.echo(json.dumps([_as_json(*row) for row in rows], indent=2))
+    else:
+        for leftover, state, lines in zip(found, states, problems, strict=True):
+            click.echo(f"{leftover.vm}: {leftover.describe()}" + _AFTER[state])
+            for line in lines:
+                click.echo(f"microvm: {leftover.vm}: {line}", err=True)
+        if not found:
+            click.echo("nothing is left behind", err=True)
+        elif "left" in states and not is_wanted:
+            click.echo("`microvm reconcile --apply` undoes it", err=True)
+    if {"left", "failed"} & set(states):
+        sys.exit(EXIT_FAILED)
+
+
+_AFTER = {"left": "", "kept": "", "undone": ": undone", "failed": ": stays"} | {
+    "in-use": ": in use now",
+}
+
+
+def _as_json(leftover: reconcile.Leftover, state: str, problems: tuple[str, ...]) -> object:
+    return {
+        "vm": leftover.vm,
+        "kind": leftover.kind,
+        "what": leftover.what,
+        "message": leftover.describe(),
+        "state": state,
+        "problems": list(problems),
+    }
+
+
+def _may_stop(leftover: reconcile.Leftover, *, yes: bool) -> bool:
+    """Ask whether an undeclared VM may be stopped; without a terminal nobody can say so."""
+    if yes:
+        return True
+    if not _is_terminal():
+        return False
+    return click.confirm(f"{leftover.vm} {leftover.describe()}. Stop it?", err=True)
+
+
+def _is_terminal() -> bool:
+    return sys.stdin.isatty()
 
 
 def _as_root() -> None:

@@ -29,7 +29,7 @@ LAYERS: tuple[set[str], ...] = (
     # What changes the host; these do not know of each other.
     {"links", "pci", "shares", "hypervisor", "aftermath", "machined", "readiness"},
     {"install", "listing", "pcilisting"},
-    {"apply"},
+    {"apply", "reconcile"},
     # Entry points, which nothing imports.
     {"generator", "helper", "cli"},
 )
