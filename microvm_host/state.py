@@ -32,7 +32,7 @@ def check_current(name: str, host: HostPaths) -> None:
     path = host.current(name)
     try:
         status = os.lstat(path)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         known = os.path.isdir(host.vm(name))
         raise PackageError(
             f"microVM {name} has no package" if known else f"there is no microVM {name}",
