@@ -426,8 +426,10 @@ def _identity(name: str, host: HostPaths) -> Identity:
         raise MicrovmHostError(
             f"microvm-set-booted@{name} has not run", path=_booted_record(name, host).path
         )
-    user, uid, group, gid = fields
-    return Identity(user, int(uid), group, int(gid))
+    match fields:
+        case [user, uid, group, gid] if uid.isdecimal() and gid.isdecimal():
+            return Identity(user, int(uid), group, int(gid))
+    raise _booted_record(name, host).strange(["user", *fields])
 
 
 VERBS: dict[str, Callable[[str, HostPaths], int | None]] = {

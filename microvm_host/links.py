@@ -16,7 +16,7 @@ from _socket import AF_NETLINK, SOCK_CLOEXEC, SOCK_RAW, socket
 from errno import EBUSY, ENODEV
 from fcntl import ioctl
 
-from . import log, nodes
+from . import log, names, nodes
 from .errors import MicrovmHostError
 from .frozen import frozen
 from .interfaces import IFF_ALLMULTI, IFF_UP, get_flags, interface_index, join_bridge, set_flags
@@ -176,27 +176,33 @@ def undo_taps(record: Record, host: HostPaths) -> list[str]:
     """
     problems = []
     doomed: dict[str, int] = {}
-    for verb, name, *index in reversed(record.read()):
-        try:
-            if verb == "raised":
-                set_flags(name, 0, clear=IFF_UP)
-            elif verb == "tap" and _is_still(name, index, host):
-                doomed[name] = int(index[0])
-        except (OSError, MicrovmHostError) as error:
-            if os.path.isdir(host.net_device(name)):
-                problems.append(f"cannot set {name} down: {error}")
+    for line in reversed(record.read()):
+        match line:
+            case ["raised", name] if names.is_interface_name(name):
+                try:
+                    set_flags(name, 0, clear=IFF_UP)
+                except MicrovmHostError as error:
+                    if os.path.isdir(host.net_device(name)):
+                        problems.append(f"cannot set {name} down: {error}")
+            case ["tap", name, index] if names.is_interface_name(name):
+                if _is_still(name, index, host):
+                    doomed[name] = int(index)
+            case ["adopted", _, _]:
+                pass
+            case _:
+                problems.append(str(record.strange(line)))
     problems += delete(doomed, host)
     if not problems:
         record.clear()
     return problems
 
 
-def _is_still(name: str, index: list[str], host: HostPaths) -> bool:
+def _is_still(name: str, index: str, host: HostPaths) -> bool:
     """Whether a recorded link is there and is the one that was recorded."""
     found = attribute(host.net_device(name), "ifindex")
     if found is None:
         return False
-    if [found] != index:
+    if found != index:
         log.notice(f"{name} was made anew by somebody else and is left alone")
         return False
     return True
@@ -363,17 +369,23 @@ def undo_macvtaps(record: Record, host: HostPaths) -> list[str]:
     """Delete the macvtaps that a record says were made; returns and clears as undo_taps."""
     problems = []
     doomed = {}
-    for verb, name, *mac in reversed(record.read()):
-        try:
-            if verb == "node":
-                nodes.release(name, host)
-            elif os.path.isdir(device := host.net_device(name)):
-                if [attribute(device, "address")] == mac:
+    for line in reversed(record.read()):
+        match line:
+            case ["node", kernel_name] if nodes.is_kernel_name(kernel_name):
+                try:
+                    nodes.release(kernel_name, host)
+                except MicrovmHostError as error:
+                    problems.append(str(error))
+            case ["macvtap", name, mac] if names.is_interface_name(name):
+                device = host.net_device(name)
+                if not os.path.isdir(device):
+                    continue
+                if attribute(device, "address") == mac:
                     doomed[name] = interface_index(name)
                 else:
                     log.notice(f"{name} was made anew by somebody else and is left alone")
-        except MicrovmHostError as error:
-            problems.append(str(error))
+            case _:
+                problems.append(str(record.strange(line)))
     problems += delete(doomed, host)
     if not problems:
         record.clear()

@@ -55,9 +55,15 @@ class Record:
         return os.pread(file, size, 0).rfind(b"\n") + 1
 
     def read(self) -> list[list[str]]:
-        """The lines, oldest first, as lists of fields; none if there is no record."""
+        """The lines, oldest first, as lists of fields; none if there is no record.
+
+        Raises:
+            MicrovmHostError: it cannot be read, or is no text.
+        """
         try:
-            with open(self.path, encoding="utf-8") as source:
+            # Not waiting, which opening a FIFO would, and following no link: we make neither.
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            with open(os.open(self.path, flags), encoding="utf-8", newline="\n") as source:
                 # A line without its end was being written when its writer was killed: the step
                 # that it announces was not taken.
                 return [line[:-1].split("\t") for line in source if line.endswith("\n")]
@@ -65,13 +71,29 @@ class Record:
             return []
         except UnicodeDecodeError as error:
             raise MicrovmHostError("the record is not UTF-8 text", path=self.path) from error
+        except OSError as error:
+            raise MicrovmHostError(
+                f"the record cannot be read: {error.strerror}", path=self.path
+            ) from error
+
+    def strange(self, fields: list[str]) -> MicrovmHostError:
+        """What to say of a line that the reader of this record has no use for."""
+        return MicrovmHostError(
+            f"{fields!r} is no line of this record, so that nothing is undone for it",
+            path=self.path,
+            hint="undo by hand what it stands for, and delete the record",
+        )
 
     def clear(self) -> None:
         """Forget everything, the VM's directory of records too if this was the last one."""
         try:
             os.unlink(self.path)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return
+        except OSError as error:
+            raise MicrovmHostError(
+                f"the record cannot be removed: {error.strerror}", path=self.path
+            ) from error
         try:
             os.rmdir(os.path.dirname(self.path))
         except OSError:

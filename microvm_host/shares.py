@@ -392,22 +392,38 @@ def undo(
     Returns:
         What could not be undone, a line each; the record is cleared if there is nothing.
     """
-    problems = []
-    lines = record.read()
+    problems: list[str] = []
+    vm = os.path.basename(state_directory)
+    units: list[str] = []
+    sockets: list[str] = []
+    for line in record.read():
+        match line:
+            # Whatever a record says, nobody else's units and files go.
+            case ["unit", name] if names.vm_of_share_unit(name) == vm:
+                units.append(name)
+            case ["socket", path] if _is_below(path, state_directory):
+                sockets.append(path)
+            case _:
+                problems.append(str(record.strange(line)))
     try:
-        stop_units([name for verb, name in lines if verb == "unit"])
+        stop_units(units)
     except MicrovmHostError as error:
         problems.append(str(error))
-    for verb, path in lines:
-        if verb == "socket":
-            try:
-                _remove_socket(path)
-                _remove_directories(os.path.dirname(path), state_directory)
-            except OSError as error:
-                problems.append(f"socket {path} could not be removed: {error.strerror}")
+    for path in sockets:
+        try:
+            _remove_socket(path)
+            _remove_directories(os.path.dirname(path), state_directory)
+        except OSError as error:
+            problems.append(f"socket {path} could not be removed: {error.strerror}")
     if not problems:
         record.clear()
     return problems
+
+
+def _is_below(path: str, directory: str) -> bool:
+    """Whether a path, by its words, is one of something in a directory."""
+    is_plain = path.isprintable() and os.path.normpath(path) == path
+    return is_plain and path.startswith(f"{directory}/")
 
 
 def _remove_socket(path: str) -> None:

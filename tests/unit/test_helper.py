@@ -229,6 +229,17 @@ def test_mistakes_of_ours_are_told_line_by_line(
     assert lines[-1] == "ZeroDivisionError: oh"
 
 
+@pytest.mark.parametrize("fields", [("me",), ("me", "x", "us", "2"), ("me", "1", "us", "2", "3")])
+def test_whom_it_runs_as_is_damaged(
+    host: HostPaths, capsys: pytest.CaptureFixture[str], fields: tuple[str, ...]
+) -> None:
+    Record(host.record("web", "booted")).append("user", *fields)
+    os.makedirs(host.vm("web"))
+    packages.minimal(Path(host.booted("web")))
+    assert run("tap-interfaces-up", "web") == 1
+    assert "is no line of this record" in capsys.readouterr().err
+
+
 def test_install_of_a_declared_vm(host: HostPaths, web: Path) -> None:
     packages.put(Path(host.declarations), "db.toml", f'runner = "{web}"\n')
     assert run("install", "db") == 0

@@ -352,3 +352,31 @@ def test_loopback() -> None:
 def test_interface_that_is_missing() -> None:
     with pytest.raises(MicrovmHostError, match="interface mvh-no-such: No such device"):
         interfaces.interface_index("mvh-no-such")
+
+
+@pytest.mark.usefixtures("said")
+def test_undo_of_lines_that_nobody_writes(host: HostPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is done for them, the rest is undone, and the record stays to tell."""
+    deleted: dict[str, int] = {}
+
+    def delete(doomed: dict[str, int], _: HostPaths) -> list[str]:
+        deleted.update(doomed)
+        return []
+
+    monkeypatch.setattr(links, "delete", delete)
+    interface(host, "a", address="02:00:00:00:00:01")
+    monkeypatch.setattr(links, "interface_index", lambda name: 7)
+    strange = [["tap"], ["tap", "a"], ["tap", "../a", "7"], ["x", "a", "7"]]
+    strange += [["raised", "a b"], [""]]
+    for what, undo, right in (
+        ("tap-interfaces", links.undo_taps, ["tap", "a", "7"]),
+        ("macvtap-interfaces", links.undo_macvtaps, ["macvtap", "a", "02:00:00:00:00:01"]),
+    ):
+        record = Record(host.record("web", what))
+        for line in (*strange, right):
+            record.append(*line)
+        deleted.clear()
+        problems = undo(record, host)
+        assert deleted == {"a": 7}
+        assert [problem.count("is no line of this record") for problem in problems] == [1] * 6
+        assert len(record.read()) == 7

@@ -122,3 +122,27 @@ def test_a_file_among_the_directories_of_records(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     Record(str(tmp_path / "web/taps")).append("tap", "vm0", "7")
     assert holders(str(tmp_path), "taps", ("tap", "vm0")) == ["web"]
+
+
+@pytest.mark.parametrize("kind", ["fifo", "link", "directory"])
+def test_what_is_no_file_is_not_read(record: Record, tmp_path: Path, kind: str) -> None:
+    os.makedirs(os.path.dirname(record.path))
+    if kind == "fifo":
+        # Without a writer, for which opening it would wait.
+        os.mkfifo(record.path)
+        assert record.read() == []
+        return
+    if kind == "link":
+        (tmp_path / "elsewhere").write_text("tap\tvm0\t7\n")
+        os.symlink(tmp_path / "elsewhere", record.path)
+    else:
+        os.mkdir(record.path)
+        with pytest.raises(MicrovmHostError, match="cannot be removed"):
+            record.clear()
+    with pytest.raises(MicrovmHostError, match="cannot be read"):
+        record.read()
+
+
+def test_lines_end_at_line_feeds_alone(record: Record) -> None:
+    record.append("unit", "a\rb")
+    assert record.read() == [["unit", "a\rb"]]

@@ -422,9 +422,12 @@ def test_options_in_files_win_over_the_script(host: HostPaths, package: Path, ro
 # ---- undoing
 
 
+UNIT, OWN_UNIT = "microvm-virtiofsd-web-a.socket", "microvm-virtiofsd-web.service"
+
+
 def test_undo(host: HostPaths, state: str) -> None:
     record = Record(host.record("web", "virtiofsd"))
-    for verb, name in (("unit", "a.socket"), ("unit", "a.service")):
+    for verb, name in (("unit", UNIT), ("unit", OWN_UNIT)):
         record.append(verb, name)
     os.mkdir(f"{state}/run")
     paths = [f"{state}/run/left.sock", f"{state}/gone.sock", f"{state}/file"]
@@ -435,7 +438,7 @@ def test_undo(host: HostPaths, state: str) -> None:
     Path(paths[2]).write_text("put there by the VM's user")
     stopped: list[str] = []
     assert shares.undo(record, state, stopped.extend) == []
-    assert stopped == ["a.socket", "a.service"]
+    assert stopped == [UNIT, OWN_UNIT]
     assert os.path.exists(paths[2])
     assert not os.path.exists(paths[0])
     # Made for the socket, if root made it; a directory of the user's stays.
@@ -446,7 +449,7 @@ def test_undo(host: HostPaths, state: str) -> None:
 
 def test_undo_keeps_the_record_of_what_it_could_not(host: HostPaths, state: str) -> None:
     record = Record(host.record("web", "virtiofsd"))
-    record.append("unit", "a.socket")
+    record.append("unit", UNIT)
     record.append("socket", f"{state}/a.sock")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"{state}/a.sock")
@@ -458,3 +461,30 @@ def test_undo_keeps_the_record_of_what_it_could_not(host: HostPaths, state: str)
     # It goes on past the failure.
     assert not os.path.exists(f"{state}/a.sock")
     assert len(record.read()) == 2
+
+
+def test_undo_touches_nothing_of_others(host: HostPaths, state: str) -> None:
+    """Whatever a record says: it is root's, but might come from another version, or be damaged."""
+    record = Record(host.record("web", "virtiofsd"))
+    foreign = host.at("/run.sock")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(foreign)
+    lines = [
+        ("unit", "sshd.service"),
+        ("unit", "microvm-virtiofsd-db-a.socket"),
+        ("socket", foreign),
+        ("socket", f"{state}/../../../../run.sock"),
+        ("socket", state),
+        ("socket",),
+        ("unit", UNIT, "more"),
+        ("mount", "/"),
+    ]
+    for line in lines:
+        record.append(*line)
+    stopped: list[str] = []
+    problems = shares.undo(record, state, stopped.extend)
+    assert stopped == []
+    assert len(problems) == len(lines)
+    assert "is no line of this record" in problems[0]
+    assert os.path.exists(foreign)
+    assert len(record.read()) == len(lines)
