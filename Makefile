@@ -2,6 +2,7 @@
 # make demo        boots a throw-away host and runs a microVM in it, start to end
 # make demo-shell  the same, leaving you at a shell of that host
 # make test        all tests, in throw-away hosts; installs what they need
+# make fuzz        a million broken inputs for whatever root reads: half an hour, no root needed
 # make check       format, types, unit, golden and static tests: no root, under a minute
 # make install     into this machine (DESTDIR, PREFIX and the directories below are honoured)
 # make uninstall   takes that back; VMs, their state and their declarations stay
@@ -39,7 +40,7 @@ RULES = $(notdir $(wildcard udev/*.rules))
 PACKAGES = $(sort $(dir $(wildcard microvm_host/*.py microvm_host/*/*.py)))
 MANPAGES = $(notdir $(wildcard man/*.[1-8]))
 
-.PHONY: all install uninstall check test demo demo-shell format clean
+.PHONY: all install uninstall check fuzz test demo demo-shell format clean
 all:
 	@sed -n 's/^# make/make/p' Makefile
 
@@ -128,6 +129,10 @@ check:
 	$(IN_TOOLS) $$tools/bin/ruff check --no-cache -q $(CODE)
 	$(IN_TOOLS) $$tools/bin/mypy --cache-dir=$$tools/mypy-cache $(CODE)
 	$(IN_TOOLS) $(PYTEST) -q tests/unit tests/static
+
+# FUZZ="package --runs 5000000 --seed 2" says which, how many and which others.
+fuzz:
+	$(IN_TOOLS) $$tools/bin/python -B -m tests.fuzz $(FUZZ)
 
 format:
 	$(IN_TOOLS) $$tools/bin/ruff check --no-cache -q --fix $(CODE)

@@ -9,7 +9,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[2]
 # Other than source: they have no comments, or are compared byte by byte.
 WITHOUT = {"LICENSE", ".gitignore", "requirements.txt"}
-LEFT_OUT = {"golden", "__pycache__", "build", "dist"}
+LEFT_OUT = {"golden", "corpus", "__pycache__", "build", "dist"}
 
 
 def sources() -> list[Path]:
