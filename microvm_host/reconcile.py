@@ -395,7 +395,11 @@ def _records(host: HostPaths) -> dict[str, list[StaleRecord]]:
     found = {}
     for vm in _names_in(host.records):
         directory = f"{host.records}/{vm}"
-        files = sorted(os.listdir(directory))
+        try:
+            files = sorted(os.listdir(directory))
+        except FileNotFoundError:
+            # Just undone by a stop.
+            continue
         order = [*(file for file in UNDO if file in files), *(f for f in files if f not in UNDO)]
         found[vm] = [
             StaleRecord(vm, f"{directory}/{file}", _things(f"{directory}/{file}"), file not in UNDO)
@@ -445,19 +449,17 @@ def _booted(vm: str, host: HostPaths) -> Iterator[StaleLink]:
 
 def _directory(vm: str, host: HostPaths) -> Iterator[Directory]:
     path = host.vm(vm)
-    if (
-        not os.path.isdir(path)
-        or os.path.lexists(host.current(vm))
-        # Its package comes with the next boot or `microvm apply`.
-        or os.path.lexists(host.declaration(vm))
-        or time.time() - os.stat(path).st_mtime < _BUILT_WITHIN
-    ):
+    # Declared, its package comes with the next boot or `microvm apply`.
+    if os.path.lexists(host.current(vm)) or os.path.lexists(host.declaration(vm)):
         return
     try:
-        content = sorted(os.listdir(path))
-    except PermissionError:
+        if time.time() - os.stat(path).st_mtime < _BUILT_WITHIN:
+            return
+        foreign = [name for name in sorted(os.listdir(path)) if not _is_ours(path, name)]
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        # Not there, no more, or not for everybody to see.
         return
-    foreign = [name for name in content if not _is_ours(path, name)]
+    # It ends on terminals.
     yield Directory(vm, path, tuple(n if n.isprintable() else repr(n) for n in foreign))
 
 

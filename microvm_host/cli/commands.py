@@ -373,8 +373,11 @@ def reconcile_(is_wanted: bool, yes: bool, as_json: bool) -> None:
                 states[at] = "in-use"
         for at, leftover in enumerate(found):
             if leftover.kind == "vm" and _may_stop(leftover, yes=yes):
-                jobs.run("stop", [leftover.vm])
-                states[at] = "undone"
+                try:
+                    jobs.run("stop", [leftover.vm])
+                    states[at] = "undone"
+                except MicrovmHostError as error:
+                    states[at], problems[at] = "failed", (str(error),)
     if as_json:
         rows = zip(found, states, problems, strict=True)
         click.echo(json.dumps([_as_json(*row) for row in rows], indent=2))

@@ -52,8 +52,12 @@ def main() -> int:
         ]
     reports = {target.name: Report(target.name) for target in chosen}
     with _pool(options.jobs) as pool:
-        for report in pool.map(worker.chunk, tasks):
+        for number, report in enumerate(pool.map(worker.chunk, tasks), 1):
             reports[report.target].add(report)
+            if sys.stderr.isatty():
+                sys.stderr.write(f"\r{number} of {len(tasks)} parts done ")
+    if sys.stderr.isatty():
+        sys.stderr.write("\r\033[K")
     for report in reports.values():
         print(
             f"{report.target:>12}: {report.runs:9,} inputs, {report.refused:9,} of them refused, "

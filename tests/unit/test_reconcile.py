@@ -14,7 +14,7 @@ import pytest
 
 from microvm_host import links, process, reconcile, source, systemd
 from microvm_host.cli import commands, jobs
-from microvm_host.errors import UsageError
+from microvm_host.errors import MicrovmHostError, UsageError
 from microvm_host.paths import HostPaths
 from microvm_host.reconcile import (
     Directory,
@@ -413,6 +413,23 @@ def test_command_stops_what_is_declared_no_more(
     )
     assert command == ["web"]
     assert isinstance(microvm("reconcile", "--yes").exception, UsageError)
+
+
+def test_command_tells_all_though_a_vm_does_not_stop(
+    host: HostPaths, pid1: FakeSystemd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(verb: str, vms: Sequence[str]) -> None:
+        raise MicrovmHostError("could not stop web")
+
+    monkeypatch.setattr(commands, "HOST", host)
+    monkeypatch.setattr(jobs, "run", fail)
+    (vm(host, "web", "current", "booted") / "declared").touch()
+    vm(host, "db", "current", "booted")
+    pid1.states["microvm@web.service"] = "active"
+    done = microvm("reconcile", "--apply", "--yes", "--json")
+    assert done.exit_code == 1
+    found = [(each["vm"], each["state"], each["problems"]) for each in json.loads(done.output)]
+    assert found == [("db", "undone", []), ("web", "failed", ["could not stop web"])]
 
 
 @pytest.mark.parametrize(("answer", "stopped"), [("y\n", ["web"]), ("n\n", []), ("\n", [])])
