@@ -2,7 +2,7 @@
 # make demo        boots a throw-away host and runs a microVM in it, start to end
 # make demo-shell  the same, leaving you at a shell of that host
 # make test        all tests, in throw-away hosts; installs what they need
-# make fuzz        a million broken inputs for whatever root reads: half an hour, no root needed
+# make fuzz        a million broken inputs for whatever root reads: ten minutes, no root needed
 # make check       format, types, unit, golden and static tests: no root, under a minute
 # make install     into this machine (DESTDIR, PREFIX and the directories below are honoured)
 # make uninstall   takes that back; VMs, their state and their declarations stay

@@ -27,6 +27,11 @@ NODE_MODE = 0o600
 SUBSYSTEMS = ("macvtap", "vfio", "vfio-dev")
 
 
+def is_kernel_name(text: str) -> bool:
+    """Whether a device node of these may be called so."""
+    return text.isascii() and text.isalnum()
+
+
 def claim(kernel_name: str, identity: Identity, host: HostPaths) -> None:
     """Have udev give a node to a VM's user, each time that it looks at it, until it is released.
 

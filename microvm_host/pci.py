@@ -14,8 +14,8 @@ import time
 from errno import EBUSY, ETIMEDOUT
 from fcntl import LOCK_EX, flock
 
-from . import hostuse, log, nodes, pcibus, process
-from .errors import MicrovmHostError
+from . import hostuse, log, names, nodes, pcibus, process
+from .errors import MicrovmHostError, NameInvalid
 from .frozen import frozen
 from .interfaces import IFF_UP, get_flags, rename, set_flags
 from .pcibus import VFIO_PCI, Device
@@ -396,21 +396,46 @@ def undo(record: Record, host: HostPaths) -> list[str]:
         What could not be undone, a line each; the record is cleared if there is nothing.
     """
     found = []
-    for verb, *fields in reversed(record.read()):
+    for line in reversed(record.read()):
         try:
-            if verb == "device":
-                address, driver, override, up, down = fields
-                if _give_back(address, driver, override, host):
-                    _bring_up(address, up.split(), down.split(), host)
-            elif verb == "node":
-                _take_back_node(*fields, host=host)
+            match line:
+                case ["device", address, driver, override, up, down] if (
+                    _is_address(address)
+                    and _is_driver(driver)
+                    and _is_driver(override)
+                    and all(map(names.is_interface_name, [*up.split(), *down.split()]))
+                ):
+                    if _give_back(address, driver, override, host):
+                        _bring_up(address, up.split(), down.split(), host)
+                case ["node", name, node, uid, gid, mode] if (
+                    nodes.is_kernel_name(name)
+                    and node in (host.vfio_group_node(name), host.vfio_device_node(name))
+                    and uid.isdecimal()
+                    and gid.isdecimal()
+                    and set() < set(mode) <= set("01234567")
+                ):
+                    _take_back_node(name, node, uid, gid, mode, host=host)
+                case _:
+                    raise record.strange(line)
         except OSError as error:
-            found.append(f"{fields[0]}: {error.filename or ''}: {error.strerror}")
+            found.append(f"{line[1]}: {error.filename or ''}: {error.strerror}")
         except MicrovmHostError as error:
             found.append(str(error))
     if not found:
         record.clear()
     return found
+
+
+def _is_address(text: str) -> bool:
+    try:
+        return names.pci_address(text) == text and "*" not in text
+    except NameInvalid:
+        return False
+
+
+def _is_driver(text: str) -> bool:
+    """Whether it may be the name of a driver, which is one of a directory; none is ``."""
+    return "/" not in text and text not in (".", "..") and text.isprintable()
 
 
 def _take_back_node(

@@ -19,7 +19,7 @@ import stat
 import time
 from contextlib import contextmanager
 
-from . import links, names, process, shares, source, systemd
+from . import links, names, pci, process, shares, source, systemd
 from .errors import MicrovmHostError
 from .frozen import frozen
 from .record import Record
@@ -75,6 +75,11 @@ def _undo_shares(record: Record, vm: str, host: HostPaths) -> list[str]:
     return shares.undo(record, host.vm(vm), systemd.stop)
 
 
+def _undo_pci(record: Record, vm: str, host: HostPaths) -> list[str]:
+    with pci.Exclusive(host):
+        return pci.undo(record, host)
+
+
 def _forget(record: Record, vm: str, host: HostPaths) -> list[str]:
     record.clear()
     return []
@@ -86,6 +91,7 @@ UNDO: dict[str, Callable[[Record, str, HostPaths], list[str]]] = {
     "virtiofsd": _undo_shares,
     "macvtap-interfaces": _undo_macvtaps,
     "tap-interfaces": _undo_taps,
+    pci.WHAT: _undo_pci,
     "booted": _forget,
 }
 
@@ -424,7 +430,7 @@ def _names_in(directory: str) -> list[str]:
     """The directories in one that are called like VMs."""
     try:
         found = sorted(os.listdir(directory))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     return [
         name
@@ -481,7 +487,7 @@ def _gc_roots(host: HostPaths) -> list[StaleLink]:
     """The links that keep packages of VMs that are gone."""
     try:
         files = sorted(os.listdir(host.gc_roots))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
         return []
     found = []
     for file in files:

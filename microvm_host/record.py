@@ -27,6 +27,7 @@ class Record:
             MicrovmHostError: it cannot be written, so the step must not be taken.
             ValueError: a field holds a tab or a line break, which the callers' checks exclude.
         """
+        self._check_place()
         line = "\t".join(fields)
         if "\n" in line or line.count("\t") != len(fields) - 1:
             raise ValueError(f"a record's fields cannot hold {fields!r}")
@@ -60,6 +61,7 @@ class Record:
         Raises:
             MicrovmHostError: it cannot be read, or is no text.
         """
+        self._check_place()
         try:
             # Not waiting, which opening a FIFO would, and following no link: we make neither.
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -84,8 +86,19 @@ class Record:
             hint="undo by hand what it stands for, and delete the record",
         )
 
+    def _check_place(self) -> None:
+        """Raise MicrovmHostError where the VM's directory of records is elsewhere."""
+        directory = os.path.dirname(self.path)
+        if os.path.islink(directory):
+            raise MicrovmHostError("is a link, where records are to lie", path=directory)
+
     def clear(self) -> None:
-        """Forget everything, the VM's directory of records too if this was the last one."""
+        """Forget everything, the VM's directory of records too if this was the last one.
+
+        Raises:
+            MicrovmHostError: it cannot be removed.
+        """
+        self._check_place()
         try:
             os.unlink(self.path)
         except (FileNotFoundError, NotADirectoryError):
@@ -109,7 +122,7 @@ def holders(records: str, what: str, fields: tuple[str, ...]) -> list[str]:
     """
     try:
         vms = sorted(os.listdir(records))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     return [
         vm

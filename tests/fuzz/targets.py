@@ -29,6 +29,7 @@ from microvm_host import (
     listing,
     log,
     names,
+    pci,
     process,
     reconcile,
     runner,
@@ -252,6 +253,15 @@ def isolate() -> None:
         _promise(names.interface_name(name) == name, f"asks for {name!r}")
         return 7
 
+    def give_back(address: str, driver: str, override: str, _host: HostPaths) -> bool:
+        _promise(names.pci_address(address) == address and "*" not in address, f"{address!r}")
+        _promise("/" not in driver + override, f"driver {driver!r} or {override!r}")
+        return True
+
+    def bring_up(_address: str, up: list[str], down: list[str], _host: HostPaths) -> None:
+        for name in (*up, *down):
+            _promise(names.interface_name(name) == name, f"brings up {name!r}")
+
     def nothing(*_arguments: object, **_named: object) -> None:
         return None
 
@@ -266,6 +276,8 @@ def isolate() -> None:
         (links, "set_flags", set_flags),
         (links, "interface_index", index),
         (interfaces, "_interface_ioctl", asked),
+        (pci, "_give_back", give_back),
+        (pci, "_bring_up", bring_up),
         (process, "output", asked),
         (HostPaths, "net_device", _net_device),
         (log, "write", nothing),
@@ -302,6 +314,7 @@ _HOST_FILES = (
     *(_STATE + name for name in (b"runner", b"flake", b"declared", b"current", b"booted")),
     *(_STATE + name for name in (b"a.sock", b"run/b.sock", b"disk.img", b".build", b"x/y/c.sock")),
     *(b"nix/var/nix/gcroots/microvm/" + name for name in (b"web", b"gone", b"booted-gone")),
+    *(b"dev/vfio/12", b"dev/vfio/devices/vfio0", b"run/microvm-host/.nodes/12"),
     *(b"etc/microvms/web.toml", b"run/microvm-host/gone/tap-interfaces", b"srv/package/x"),
 )
 
@@ -352,6 +365,7 @@ TARGETS = (
             *(b"\t", b"\ttap\t", b"web0", b"web1", b"m0", b"7", b"02:00:00:00:00:01", b"microvm"),
             *(b"microvm-virtiofsd-web-t.socket", b"microvm-virtiofsd-web.service", b"hypervisor"),
             *(b"sshd.service", b"/etc/passwd", b"/run/systemd/private", b"../../../..", b"/"),
+            *(b"0000:01:00.0", b"e1000e", b"vfio-pci", b"node", b"12", b"/dev/vfio/12", b"20600"),
             *(b"/srv/package", b"../current", b"current", b"git+file:///etc/nixos", b"#x"),
         ),
         _HOST_FILES,

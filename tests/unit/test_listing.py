@@ -223,3 +223,10 @@ def test_nothing_to_list(
     found = capsys.readouterr()
     assert found.out == ""
     assert found.err.startswith(f"no microVMs in {host.state}; `microvm create")
+
+
+def test_a_package_whose_path_commands_the_terminal(scene: Scene) -> None:
+    scene.vm("sly", scene.package("a\x1b[2J\tb"))
+    (line,) = text(scene, "sly").splitlines()
+    assert line.isprintable()
+    assert "\\x1b[2J\\tb" in line

@@ -449,3 +449,43 @@ def test_command_asks(
     done = CliRunner().invoke(commands.microvm, ["reconcile", "--apply"], input=answer)
     assert done.exit_code == (0 if stopped else 1)
     assert command == stopped
+
+
+def test_pci_devices(host: HostPaths) -> None:
+    """Of one that is gone there is nothing to give back but its node."""
+    node = Path(host.vfio_group_node("12"))
+    node.parent.mkdir(parents=True)
+    node.touch(0o600)
+    record = Record(host.record("web", "pci-devices"))
+    record.append("device", "0000:01:00.0", "e1000e", "", "eth0", "")
+    record.append("node", "12", str(node), str(os.getuid()), str(os.getgid()), "20640")
+    (found,) = reconcile.find(host)
+    assert found.describe() == f"record {record.path} of PCI device 0000:01:00.0"
+    assert undone([found], host) == [(record.path, ())]
+    assert node.stat().st_mode & 0o7777 == 0o640
+    assert record.read() == []
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        ("device",),
+        ("device", "0000:01:00.0"),
+        ("device", "../../x", "e1000e", "", "", ""),
+        ("device", "*:01:00.0", "e1000e", "", "", ""),
+        ("device", "0000:01:00.0", "../x", "", "", ""),
+        ("device", "0000:01:00.0", "e1000e", "", "a/b", ""),
+        ("node", "12", "/etc/shadow", "0", "0", "666"),
+        ("node", "../12", "/dev/vfio/../12", "0", "0", "666"),
+        ("node", "12", "VFIO", "root", "0", "666"),
+        ("node", "12", "VFIO", "0", "0", ""),
+    ],
+)
+def test_damaged_records_of_pci_devices(host: HostPaths, fields: tuple[str, ...]) -> None:
+    fields = tuple(host.vfio_group_node("12") if field == "VFIO" else field for field in fields)
+    record = Record(host.record("web", "pci-devices"))
+    record.append(*fields)
+    (found,) = reconcile.find(host)
+    ((_, (problem,)),) = undone([found], host)
+    assert "is no line of this record" in problem
+    assert len(record.read()) == 1

@@ -146,3 +146,16 @@ def test_what_is_no_file_is_not_read(record: Record, tmp_path: Path, kind: str) 
 def test_lines_end_at_line_feeds_alone(record: Record) -> None:
     record.append("unit", "a\rb")
     assert record.read() == [["unit", "a\rb"]]
+
+
+def test_records_are_not_elsewhere(record: Record, tmp_path: Path) -> None:
+    place = Path(record.path).parent
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / Path(record.path).name).write_text("tap\tvm0\t7\n")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.symlink_to(elsewhere)
+    for act in (record.read, record.clear, lambda: record.append("tap", "vm1", "8")):
+        with pytest.raises(MicrovmHostError, match="is a link"):
+            act()
+    assert (elsewhere / Path(record.path).name).read_text() == "tap\tvm0\t7\n"
