@@ -9,7 +9,7 @@ _microvm_vms() {
         directory=${directory%/}
         name=${directory##*/}
         case $1 in
-            start | run) [[ ! -L $directory/booted ]] || continue ;;
+            start | run | adopt) [[ ! -L $directory/booted ]] || continue ;;
             stop | ssh) [[ -L $directory/booted ]] || continue ;;
             update) [[ -e $directory/flake || -e $directory/runner ]] || continue ;;
             remove)
@@ -60,13 +60,21 @@ _microvm() {
             ;;
     esac
 
-    if [[ ! $command ]]; then
-        options='apply create list logs pci reconcile remove restart run ssh start status stop update'
+    case $command:$previous in
+        create:--user | adopt:--user) options='auto microvm' ;;
+        adopt:--from) options=microvm ;;
+        *) options= ;;
+    esac
+    if [[ $options ]]; then
+        :
+    elif [[ ! $command ]]; then
+        options='adopt apply create list logs pci reconcile remove restart run ssh start status stop update'
         [[ $current != -* ]] || options='-l -c -u -r -s -h --help --version'
     elif [[ $current == -* ]]; then
         case $command in
+            adopt) options='--from --user' ;;
             apply) options='-n --dry-run --json' ;;
-            create) options='-f --flake --runner --start' ;;
+            create) options='-f --flake --runner --user --start' ;;
             list) options='--check --json' ;;
             pci) options='-a --all --json' ;;
             reconcile) options='--apply -y --yes --json' ;;
@@ -79,7 +87,7 @@ _microvm() {
     else
         case $command in
             # One name, then what is not ours to complete.
-            logs | run | ssh | status)
+            adopt | logs | run | ssh | status)
                 for word in "${before[@]:1}"; do
                     [[ $word == -* ]] || return 0
                 done

@@ -57,7 +57,7 @@ def apply(host: HostPaths, *, dry_run: bool = False) -> Iterator[Outcome]:
 
 
 def _bring_up(found: Declaration, host: HostPaths, *, runs: bool) -> Outcome:
-    change = install.from_source(found.name, found.source, host, is_declared=True)
+    change = install.declared(found, host)
     text, unit = change.describe(), names.unit(found.name)
     if runs and change.wants_restart:
         if found.restart_if_changed:

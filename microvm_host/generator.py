@@ -3,9 +3,9 @@
 
 For each declaration: a link by which microvms.target wants the VM, unless it says
 `autostart = false`, one by which the VM wants install-microvm@, which brings its package up to
-date first, and a drop-in with what it says on starts and stops, if anything. Runs before /var is
-mounted and delays boot: it reads /etc/microvms, writes these, and must neither import more than
-`declaration` needs nor talk to any process.
+date first, and drop-ins with whom it runs as and what it says on starts and stops, if anything.
+Runs before /var is mounted and delays boot: it reads /etc/microvms, writes these, and must neither
+import more than `declaration` needs nor talk to any process.
 
 One broken declaration is logged and skipped; the others, and the boot, go on.
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import sys
 
-from . import declaration, log, names
+from . import declaration, log, names, users
 from .errors import DeclarationError
 from .paths import HostPaths
 
@@ -31,7 +31,7 @@ TARGET = "microvms.target"
 def generate(
     directory: str, units: str, host: HostPaths, complain: Callable[[DeclarationError], None]
 ) -> None:
-    """Write the links for all declarations.
+    """Write the links and drop-ins for all declarations.
 
     Args:
         directory: the generator's output, the first one that systemd names.
@@ -49,7 +49,17 @@ def generate(
         if declared.autostart:
             _want(directory, TARGET, vm, units)
     for declared in found:
+        _write_user(directory, declared)
         _write_drop_in(directory, declared, _earlier(declared, found))
+
+
+def _write_user(directory: str, declared: Declaration) -> None:
+    """Have the VM run as the user that its declaration names."""
+    if declared.user is not None:
+        drop_ins = f"{directory}/{names.unit(declared.name)}.d"
+        os.makedirs(drop_ins, exist_ok=True)
+        with open(f"{drop_ins}/{users.DROP_IN}", "w", encoding="utf-8") as target:
+            target.write(users.drop_in(declared.name, declared.user))
 
 
 def _earlier(declared: Declaration, others: list[Declaration]) -> list[str]:

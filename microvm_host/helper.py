@@ -25,17 +25,25 @@ if TYPE_CHECKING:
     from .readiness import Listener
     from .runner import Package
 
+# Longer than what comes after the asking may take: that is for systemd to end.
+GUARD_WAITS = 30.0  # seconds
 HOLDER_GIVES_BACK_WITHIN = 30.0  # seconds
 
 
 def set_booted(name: str, host: HostPaths) -> None:
     """Check all of the package and make it the booted one: the rest of the start reads that."""
-    from . import runner, state, systemd
+    from . import runner, state, systemd, trust
 
     state.check_current(name, host)
     package = runner.load(host.current(name))
     identity = systemd.identity(name)
-    state.prepare(name, identity.gid, host)
+    trust.check_package(package.path, identity)
+    if state.prepare(name, identity.gid, host):
+        log.notice(
+            f"the state directory is {identity.group}'s from now on; if disks in it are a former "
+            f"user's, `microvm adopt {name}` hands them over",
+            vm=name,
+        )
     booted = _booted_record(name, host)
     booted.clear()
     booted.append("user", identity.user, str(identity.uid), identity.group, str(identity.gid))
@@ -373,13 +381,27 @@ def share_lost(name: str, tag: str, host: HostPaths) -> None:
     aftermath.share_lost(name, tag, Record(host.record(name, "lost-shares")))
 
 
+def guard(name: str, host: HostPaths) -> None:
+    """See to it that a stop of the VM ends, whatever the hypervisor does to those who ask it."""
+    from . import guard, hypervisor, systemd
+
+    unit = names.unit(name)
+    environment = systemd.show(unit, "Environment").get("Environment", "")
+    times = hypervisor.Times()
+    patience = guard.patience(
+        environment,
+        {"MICROVM_SHUTDOWN_SECONDS": times.guest, "MICROVM_TERMINATE_SECONDS": times.terminate},
+    )
+    guard.watch(name, patience + GUARD_WAITS, lambda: systemd.show(unit, *guard.PROPERTIES))
+
+
 def install(name: str, host: HostPaths) -> None:
     """Bring `current` of a declared VM up to date."""
     from . import declaration, install
 
     declared = declaration.load(host.declaration(name))
     log.status(f"Installing {declared.source}")
-    change = install.from_source(name, declared.source, host, is_declared=True)
+    change = install.declared(declared, host)
     log.status(change.describe())
 
 
@@ -446,6 +468,7 @@ VERBS: dict[str, Callable[[str, HostPaths], int | None]] = {
     "start": start,
     "register": register,
     "stop": stop,
+    "guard": guard,
     "ended": ended,
     "install": install,
 }

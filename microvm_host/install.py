@@ -11,13 +11,14 @@ import os
 import shutil
 import subprocess
 
-from . import runner, state, systemd
+from . import runner, state, systemd, users
 from .errors import MicrovmHostError, UsageError
 from .frozen import frozen
 from .source import DECLARED, KINDS, Source
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from .declaration import Declaration
     from .paths import HostPaths
 
 NIX = ("nix", "--extra-experimental-features", "nix-command flakes")
@@ -49,8 +50,11 @@ class Change:
         return f"{self.name}: up to date ({self.after})"
 
 
-def create(name: str, source: Source, host: HostPaths) -> Change:
+def create(name: str, source: Source, host: HostPaths, user: str | None = None) -> Change:
     """Make a VM that does not exist yet.
+
+    Args:
+        user: whom it is to run as, users.AUTO for one of its own; None for the unit's user.
 
     Raises:
         UsageError: it exists.
@@ -63,7 +67,22 @@ def create(name: str, source: Source, host: HostPaths) -> Change:
             path=path,
             hint=f"`microvm update {name}` updates it, `microvm remove {name}` removes it",
         )
-    return from_source(name, source, host)
+    if user is not None:
+        users.ensure(name, user, host)
+        users.write_drop_in(name, user, host)
+    try:
+        return from_source(name, source, host)
+    except BaseException:
+        if user is not None:
+            users.remove_drop_in(name, host)
+        raise
+
+
+def declared(found: Declaration, host: HostPaths) -> Change:
+    """Bring a declared VM up to date, its user included; raises as from_source."""
+    if found.user is not None:
+        users.ensure(found.name, found.user, host)
+    return from_source(found.name, found.source, host)
 
 
 def from_source(name: str, source: Source, host: HostPaths, *, is_declared: bool = False) -> Change:
@@ -97,12 +116,13 @@ def from_source(name: str, source: Source, host: HostPaths, *, is_declared: bool
         raise
     finally:
         _drop_build_link(name, host)
-    return Change(name, before, after, state.pointed_to(host.booted(name)))
+    return Change(name, before, after, state.booted(name, host))
 
 
 def remove(name: str, host: HostPaths) -> None:
-    """Delete a VM that does not run, with all of its state."""
+    """Delete a VM that does not run, with all of its state; its user stays."""
     shutil.rmtree(host.vm(name))
+    users.remove_drop_in(name, host)
     _forget_gc_roots(name, host)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-from . import names, systemd
+from . import names, state, systemd
 from .errors import MicrovmHostError
 from .frozen import frozen
 from .record import Record
@@ -161,7 +161,7 @@ def _row(
 ) -> Row:
     try:
         current = _version(host.current(name))
-        booted = _version(host.booted(name))
+        booted = _version(host.booted(name)) if state.booted(name, host) else None
     except PermissionError:
         return Row(name, active, None, None, problem="cannot be read: try as root")
     if current is None:

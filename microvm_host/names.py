@@ -16,12 +16,19 @@ _ALPHANUMERIC = _DIGITS | frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQ
 # What a unit's instance name may hold unescaped (systemd.unit(5)), less `@` and `\`.
 _VM_NAME = _ALPHANUMERIC | frozenset(":_.-")
 
+_PLAIN = frozenset("0123456789abcdefghijklmnopqrstuvwxyz_-")
+_USER_NAME = _ALPHANUMERIC | frozenset("_-")
+_OWN_USER = "microvm-"
+
 # A host name's limit (RFC 1035): the guest is likely to be called the same.
 VM_NAME_MAX = 63
 # IFNAMSIZ of linux/if.h is 16, with the final NUL.
 INTERFACE_NAME_MAX = 15
 # virtio 1.2, 5.11.4: the tag is a field of 36 bytes.
 TAG_MAX = 36
+
+# The strictest rule of what reads user names: systemd.io/USER_NAMES, and utmp's 32 bytes.
+USER_NAME_MAX = 31
 
 MACVTAP_MODES = ("private", "vepa", "bridge", "passthru", "source")
 
@@ -38,6 +45,33 @@ def vm_name(text: str) -> str:
     if len(text) > VM_NAME_MAX:
         raise NameInvalid(f"the VM's name {text!r} is longer than {VM_NAME_MAX} characters")
     return text
+
+
+def user_name(text: str) -> str:
+    """Check the name of a user of the host, by the strict rule that systemd has for new ones."""
+    if not text or text[0] in _DIGITS or text[0] == "-" or not _USER_NAME.issuperset(text):
+        raise NameInvalid(
+            f"{text!r} cannot be the name of a user",
+            hint="letters, digits, '_' and '-' can, not beginning with a digit or '-'",
+        )
+    if len(text) > USER_NAME_MAX:
+        raise NameInvalid(f"the user's name {text!r} is longer than {USER_NAME_MAX} characters")
+    return text
+
+
+def own_user(vm: str) -> str:
+    """The name of the system user that is a VM's alone.
+
+    `microvm-web` for the VM `web`. A name that is too long for that, or holds what a user's may
+    not, is cut short and told from others by as much of its SHA-256 as fits: all 31 characters
+    are used then, and never without, so that the two kinds do not meet.
+    """
+    if _PLAIN.issuperset(vm) and len(_OWN_USER) + len(vm) < USER_NAME_MAX:
+        return f"{_OWN_USER}{vm}"
+    from hashlib import sha256  # not for all the others
+
+    beginning = "".join(each if each in _PLAIN else "_" for each in vm.lower()[:12])
+    return f"{_OWN_USER}{beginning}-{sha256(vm.encode()).hexdigest()}"[:USER_NAME_MAX]
 
 
 def is_vm_name(text: str) -> bool:

@@ -27,6 +27,10 @@ PCI_IDS_PLACES = ("/usr/share/misc/pci.ids", "/usr/share/hwdata/pci.ids")
 
 MICROVM_RUN = "bin/microvm-run"
 MICROVM_SHUTDOWN = "bin/microvm-shutdown"
+# What one has open, by number: a link that leads to it, whatever its name means by now
+# (proc_pid_fd(5)). The kernel's own, so that no root is before it.
+OPENED = "/proc/self/fd"
+
 VIRTIOFSD_RUN = "bin/virtiofsd-run"
 
 
@@ -69,6 +73,10 @@ class HostPaths:
 
     def declaration(self, name: str) -> str:
         return f"{self.declarations}/{name}.toml"
+
+    def user_drop_in(self, name: str) -> str:
+        """The drop-in that names the user of a VM which is not declared."""
+        return self.at(f"/etc/systemd/system/microvm@{name}.service.d/00-microvm-user.conf")
 
     @property
     def records(self) -> str:

@@ -46,7 +46,8 @@ def is_from_declaration(state_directory: str) -> bool:
 
 
 def _is_roots_file(status: os.stat_result) -> bool:
-    return stat.S_ISREG(status.st_mode) and status.st_uid == 0
+    # A file with a second name was made elsewhere, to say something else.
+    return stat.S_ISREG(status.st_mode) and status.st_uid == 0 and status.st_nlink == 1
 
 
 @frozen

@@ -41,37 +41,48 @@ def check_current(name: str, host: HostPaths) -> None:
         ) from error
     if not stat.S_ISLNK(status.st_mode):
         raise PackageError("is not a link to a runner package", path=path)
-    if status.st_uid != 0:
+    # A second name makes it a link that root made elsewhere, for something else.
+    if status.st_uid != 0 or status.st_nlink != 1:
         raise MicrovmHostError(
-            "does not belong to root, who is to act on what it points to",
+            "does not belong to root, who is to act on what it points to"
+            if status.st_uid != 0
+            else "has another name elsewhere (a hard link), so that it is not root's word here",
             path=path,
-            hint=f"look where it points, then chown -h root '{path}'",
+            hint=f"look where it points, then chown -h root '{path}'"
+            if status.st_uid != 0
+            else "look where it points, remove it and make it anew",
         )
 
 
-def prepare(name: str, gid: int, host: HostPaths) -> None:
+def prepare(name: str, gid: int, host: HostPaths) -> bool:
     """Give the state directory its owner and mode, making it if it is not there.
+
+    Returns:
+        Whether it was another user's or group's, whose files may be in it.
 
     Raises:
         MicrovmHostError: it is a link or no directory.
     """
     path = host.vm(name)
+    is_new = True
     try:
         os.mkdir(path, 0o700)
     except FileExistsError:
-        pass
+        is_new = False
     try:
         directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
         raise MicrovmHostError("is to be the VM's directory, but is none", path=path) from error
     try:
         status = os.fstat(directory)
-        if (status.st_uid, status.st_gid) != (0, gid):
+        was_anothers = (status.st_uid, status.st_gid) != (0, gid)
+        if was_anothers:
             os.fchown(directory, 0, gid)
         if stat.S_IMODE(status.st_mode) != DIRECTORY_MODE:
             os.fchmod(directory, DIRECTORY_MODE)
     finally:
         os.close(directory)
+    return was_anothers and not is_new
 
 
 def link(path: str, target: str) -> None:
@@ -82,15 +93,30 @@ def link(path: str, target: str) -> None:
     """
     temporary = f"{os.path.dirname(path)}/.{os.path.basename(path)}.{os.getpid()}"
     try:
-        os.unlink(temporary)
-    except FileNotFoundError:
-        pass
-    os.symlink(target, temporary)
+        try:
+            os.unlink(temporary)
+        except FileNotFoundError:
+            pass
+        os.symlink(target, temporary)
+    except OSError:
+        # The VM's user has taken that name, with a directory, or is faster. This one cannot be
+        # guessed.
+        temporary += f".{os.urandom(8).hex()}"
+        os.symlink(target, temporary)
     try:
         os.replace(temporary, path)
     except OSError as error:
         os.unlink(temporary)
         raise MicrovmHostError(f"cannot be replaced: {error.strerror}", path=path) from error
+
+
+def booted(name: str, host: HostPaths) -> str | None:
+    """What `booted` points to; None if it is not there, or not root's: then nothing runs by us."""
+    path = host.booted(name)
+    try:
+        return os.readlink(path) if os.lstat(path).st_uid == 0 else None
+    except OSError:
+        return None
 
 
 def pointed_to(path: str) -> str | None:

@@ -9,7 +9,8 @@ import sys
 
 import click
 
-from .. import __version__, install, listing, names, reconcile, runner, state
+from .. import __version__, install, listing, names, reconcile, runner, state, systemd, users
+from .. import adopt as adoption
 from .. import apply as application
 from ..errors import EXIT_CONFIG, EXIT_FAILED, MicrovmHostError, PackageError, UsageError
 from ..paths import HostPaths
@@ -70,8 +71,9 @@ def _newest_by_nix(name: str, source: Source) -> listing.Version | None:
 @click.argument("vm", metavar="NAME", type=NAME)
 @click.option("-f", "--flake", metavar="FLAKE", help="Build the package of NAME from this flake.")
 @click.option("--runner", "path", metavar="PATH", help="Use the runner package at PATH.")
+@click.option("--user", metavar="USER", help="Run it as USER; `auto` makes one of its own.")
 @click.option("--start", is_flag=True, help="Start it at once.")
-def create(vm: str, flake: str | None, path: str | None, start: bool) -> None:
+def create(vm: str, flake: str | None, path: str | None, user: str | None, start: bool) -> None:
     """Make a VM from a flake (with nix) or from a runner package.
 
     Without --flake and --runner, the flake is git+file:///etc/nixos, as with microvm.nix.
@@ -83,7 +85,8 @@ def create(vm: str, flake: str | None, path: str | None, start: bool) -> None:
         source = Source("runner", os.path.abspath(path))
     else:
         source = Source("flake", _absolute_flake(flake or "git+file:///etc/nixos"))
-    change = install.create(vm, source.checked(), HOST)
+    chosen = None if user is None else users.checked(user)
+    change = install.create(vm, source.checked(), HOST, chosen)
     click.echo(change.describe())
     if start:
         jobs.run("start", [vm])
@@ -94,6 +97,38 @@ def create(vm: str, flake: str | None, path: str | None, start: bool) -> None:
 def _absolute_flake(flake: str) -> str:
     """A flake given by a path is remembered by its absolute path."""
     return os.path.abspath(flake) if flake.startswith(".") else flake
+
+
+@microvm.command()
+@click.argument("vm", metavar="NAME", type=NAME)
+@click.option("--from", "former", metavar="USER", help="Whose files to take; default: microvm.")
+@click.option("--user", metavar="USER", help="Run it as USER from now on; `auto` makes one.")
+def adopt(vm: str, former: str | None, user: str | None) -> None:
+    """Give a VM's files to the user that it runs as, after that was changed.
+
+    What belongs to others than the former user stays as it is, and is listed.
+    """
+    _as_root()
+    _existing(vm)
+    if listing.rows(HOST, (vm,))[0].runs:
+        raise MicrovmHostError(f"microVM {vm} is running", hint=f"microvm stop {vm}")
+    before = users.uid(former) if former else systemd.identity(vm).uid
+    if user is not None:
+        if os.path.exists(HOST.declaration(vm)):
+            raise MicrovmHostError(
+                f"microVM {vm} is declared, and its declaration says whom it runs as",
+                path=HOST.declaration(vm),
+                hint=f'write user = "{users.checked(user)}" there',
+            )
+        users.ensure(vm, users.checked(user), HOST)
+        users.write_drop_in(vm, user, HOST)
+    identity = systemd.identity(vm)
+    if before == identity.uid:
+        before = users.uid(users.SHARED)
+    done = adoption.adopt(vm, before, identity, HOST)
+    for line in done.left:
+        click.echo(f"{vm}: left as it is: {line}", err=True)
+    click.echo(f"{vm}: runs as {identity.user}, who was given {len(done.given)} files")
 
 
 @microvm.command()
@@ -170,8 +205,7 @@ def ssh(target: str, arguments: tuple[str, ...]) -> None:
     user, at, vm = target.rpartition("@")
     names.vm_name(vm)
     _existing(vm)
-    link = HOST.booted(vm)
-    package = runner.load(link if os.path.lexists(link) else HOST.current(vm))
+    package = runner.load(HOST.booted(vm) if state.booted(vm, HOST) else HOST.current(vm))
     if package.vsock_cid is None:
         raise MicrovmHostError(
             f"microVM {vm} has no vsock CID to reach it by",

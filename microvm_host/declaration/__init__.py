@@ -3,7 +3,7 @@
 
 A file goes in, a frozen value comes out, or DeclarationError says file, line, key and value. The
 generator reads declarations at boot: this package imports nothing but the standard library,
-`errors`, `frozen`, `names` and `source`.
+`errors`, `frozen`, `names`, `source` and `users`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import difflib
 import os
 import tomllib
 
-from .. import names
+from .. import names, users
 from ..errors import DeclarationError, NameInvalid
 from ..frozen import frozen
 from ..source import Source
@@ -23,12 +23,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any
 
+
 # Each with its type, or with what checks its value.
 _KEYS: dict[str, type | Callable[[object], object]] = {
     "runner": str,
     "flake": str,
     "autostart": bool,
     "restart_if_changed": bool,
+    "user": str,
     "allow_host_devices": list,
     "order": checks.number(0, 1000000),
     "restart": checks.one_of("always", "on-failure", "never"),
@@ -49,6 +51,8 @@ class Declaration:
     source: Source
     autostart: bool = True
     restart_if_changed: bool = True
+    # A user of the host, users.AUTO for one of its own, or None for the unit's.
+    user: str | None = None
     # PCI devices that the VM may have though the host uses them, by their full addresses.
     allow_host_devices: tuple[str, ...] = ()
     order: int | None = None
@@ -115,11 +119,12 @@ def load(path: str) -> Declaration:
         message, line = _syntax_error(str(error))
         raise DeclarationError(f"is not TOML: {message}", path=path, line=line) from error
     settings = _checked(table, text, path)
-    for key in ("runner", "flake", "allow_host_devices"):
+    for key in ("runner", "flake", "user", "allow_host_devices"):
         settings.pop(key, None)
     return Declaration(
         name=name,
         source=_source(table, text, path),
+        user=_user(table, text, path),
         allow_host_devices=_addresses("allow_host_devices", table, text, path),
         **settings,
     )
@@ -172,6 +177,17 @@ def _source(table: dict[str, Any], text: str, path: str) -> Source:
     except NameInvalid as error:
         raise DeclarationError(
             error.message, path=path, line=_line_of(given[0], text), hint=error.hint
+        ) from error
+
+
+def _user(table: dict[str, Any], text: str, path: str) -> str | None:
+    if "user" not in table:
+        return None
+    try:
+        return users.checked(table["user"])
+    except NameInvalid as error:
+        raise DeclarationError(
+            error.message, path=path, line=_line_of("user", text), hint=error.hint
         ) from error
 
 

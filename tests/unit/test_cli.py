@@ -21,7 +21,9 @@ from microvm_host.runner import Macvtap, Package, Share, Tap
 from . import packages
 
 REPOSITORY = Path(__file__).parents[2]
-COMMANDS = ["apply", "create", "list", "logs", "pci", "reconcile", "remove", "restart", "run"] + [
+COMMANDS = ["adopt", "apply", "create", "list", "logs", "pci", "reconcile", "remove"] + [
+    "restart",
+    "run",
     "ssh",
     "start",
     "status",
