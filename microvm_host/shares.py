@@ -14,7 +14,7 @@ import os
 import stat
 import time
 
-from . import names
+from . import names, trust
 from .errors import MicrovmHostError, PackageError
 from .frozen import frozen
 from .paths import VIRTIOFSD_RUN
@@ -63,12 +63,17 @@ class ServeShare:
     share: Share
     source: str
     socket: str
+    state_directory: str
     identity: Identity
     virtiofsd: Virtiofsd
     systemd: Systemd
+    # Whether virtiofsd runs as the VM's user, and not as root.
+    as_user: bool = False
 
     def describe(self) -> str:
         mode = ", read-only" if self.share.read_only else ""
+        if self.as_user:
+            mode += f", with the rights of {self.identity.user} alone"
         return f"listen for share {self.share.tag} ({self.source}{mode})"
 
     def apply(self, record: Record) -> None:
@@ -77,6 +82,8 @@ class ServeShare:
         record.append("unit", socket_unit)
         record.append("unit", service_unit)
         record.append("socket", self.socket)
+        # Ours before systemd comes by, which would follow a link that is put there meanwhile.
+        _make_directories(self.socket, self.state_directory)
         self.systemd.start_transient(
             socket_unit, self.socket_properties(), {service_unit: self.service_properties()}
         )
@@ -95,8 +102,6 @@ class ServeShare:
             "Listen": ("a(ss)", [("Stream", self.socket)]),
             # Root's at first. SocketUser= would make it the VM's at the price of a process.
             "SocketMode": ("u", 0o600),
-            # Directories that systemd makes on the way belong to root, like the state directory.
-            "DirectoryMode": ("u", 0o755),
             "RemoveOnStop": ("b", True),
         }
 
@@ -105,12 +110,18 @@ class ServeShare:
         properties: dict[str, tuple[str, object]] = {
             **_common(self.vm, f"Share {self.share.tag} of microVM {self.vm}"),
             **_command(argv),
+            **_confined(RIGHTS_OF_A_USER if self.as_user else RIGHTS),
             # What is shared may lie on any of these, and is in use until this has ended.
             "After": ("as", ["local-fs.target", "remote-fs.target"]),
             # It is not started anew by itself: a new one knows nothing of the files that the guest
             # has open. The socket still starts one for a hypervisor that connects anew.
             "OnFailure": ("as", [names.share_lost_unit(self.vm, self.share.tag)]),
             "LimitNOFILE": ("t", OPEN_FILES),
+            **(
+                {"User": ("s", str(self.identity.uid)), "Group": ("s", str(self.identity.gid))}
+                if self.as_user
+                else {}
+            ),
             # Not even a virtiofsd that the guest took over writes to a read-only share.
             **({"ReadOnlyPaths": ("as", [self.source])} if self.share.read_only else {}),
         }
@@ -125,6 +136,8 @@ class RunOwnScript:
     program: str
     state_directory: str
     sockets: tuple[str, ...]
+    sources: tuple[str, ...]
+    identity: Identity
     systemd: Systemd
 
     def describe(self) -> str:
@@ -137,8 +150,22 @@ class RunOwnScript:
             record.append("socket", socket)
             # One of an earlier run would be taken for a sign that virtiofsd is there.
             _remove_socket(socket)
+            _make_directories(socket, self.state_directory)
+        for path in self._files():
+            record.append("file", path)
+            _reserve(path)
         self.systemd.start_transient(unit, self.properties(), {})
         self._wait_for_sockets(unit)
+        for socket in self.sockets:
+            _hand_over(socket, self.identity)
+
+    def _files(self) -> tuple[str, ...]:
+        """What virtiofsd and supervisord write beside the sockets, through links if there are."""
+        supervisord = ("supervisord.log", "supervisord.pid")
+        return (
+            *(f"{socket}.pid" for socket in self.sockets),
+            *(f"{self.state_directory}/{name}" for name in supervisord),
+        )
 
     def properties(self) -> Properties:
         return {
@@ -150,12 +177,19 @@ class RunOwnScript:
             # It reports to systemd when it is up, which nobody here waits for.
             "NotifyAccess": ("s", "all"),
             "PrivateTmp": ("b", True),
+            **_confined(RIGHTS_OF_A_SCRIPT),
+            # It runs as root in a directory where the VM's user makes files, and links.
+            "ProtectSystem": ("s", "strict"),
+            "ReadWritePaths": ("as", [self.state_directory, *self.sources]),
+            # QEMU's former virtiofsd locks in there.
+            "RuntimeDirectory": ("as", ["virtiofsd"]),
+            "RuntimeDirectoryPreserve": ("s", "yes"),
         }
 
     def _wait_for_sockets(self, unit: str) -> None:
         # Its own word, sd_notify, is not in packages of all years; the sockets are.
         deadline = time.monotonic() + OWN_SCRIPT_WITHIN
-        while missing := [socket for socket in self.sockets if not os.path.exists(socket)]:
+        while missing := [socket for socket in self.sockets if not _is_roots_socket(socket)]:
             if self.systemd.active_state(unit) != "active":
                 raise MicrovmHostError(
                     f"{VIRTIOFSD_RUN} ended before it listened at {missing[0]}",
@@ -196,15 +230,56 @@ def plan(
         if tags[path] != tag:
             raise PackageError(f"the shares {tag!r} and {tags[path]!r} have one socket", path=path)
     sources = {share.tag: source_path(share, state) for share in shares}
+    by = trust.suspect(identity)
+    weak = {tag: trust.exchangeable(source, by) for tag, source in sources.items()}
     script = f"{package}/{VIRTIOFSD_RUN}"
     if os.path.exists(script) and not any(share.options_given for share in shares):
-        return [RunOwnScript(vm, script, state, tuple(sockets.values()), systemd)]
+        for tag, place in weak.items():
+            if place:
+                raise MicrovmHostError(
+                    f"is on the way to the source of share {tag!r}, and {identity.user} could put "
+                    f"something else there, which the package's {VIRTIOFSD_RUN} would export as "
+                    "root",
+                    path=place,
+                    hint="share what lies in directories of root's, or give the share's options "
+                    f"in files: virtiofsd then runs as {identity.user}",
+                )
+        return [
+            RunOwnScript(
+                vm,
+                script,
+                state,
+                tuple(sockets.values()),
+                tuple(sources.values()),
+                identity,
+                systemd,
+            )
+        ]
     virtiofsd = find_virtiofsd(host.virtiofsd_places())
     steps = [
-        ServeShare(vm, share, sources[share.tag], sockets[share.tag], identity, virtiofsd, systemd)
+        ServeShare(
+            vm,
+            share,
+            sources[share.tag],
+            sockets[share.tag],
+            state,
+            identity,
+            virtiofsd,
+            systemd,
+            # As root it would export whatever they put there between now and its start.
+            as_user=weak[share.tag] is not None,
+        )
         for share in shares
     ]
     for step in steps:
+        if step.as_user and virtiofsd.is_legacy:
+            raise MicrovmHostError(
+                f"is on the way to the source of share {step.share.tag!r}, and {identity.user} "
+                "could put something else there: virtiofsd has to run as that user, which QEMU's "
+                "former one cannot",
+                path=weak[step.share.tag],
+                hint="share what lies in directories of root's, or install a newer virtiofsd",
+            )
         # Raises what the program cannot do, before the first share is set up.
         step.service_properties()
     return [*steps]
@@ -246,10 +321,10 @@ def socket_path(share: Share, state_directory: str, package: str) -> str:
             status = os.lstat(directory)
         except FileNotFoundError:
             break
-        if not stat.S_ISDIR(status.st_mode) or status.st_uid != 0:
+        if not _is_roots_directory(status):
             raise MicrovmHostError(
                 f"the socket of share {share.tag!r} is to lie in here, but it is not a directory "
-                "of root's",
+                "of root's alone",
                 path=directory,
                 hint="remove it; it is made anew at start",
             )
@@ -349,6 +424,120 @@ def _legacy_argv(virtiofsd: Virtiofsd, share: Share, source: str, *, posix_acl: 
     ]
 
 
+def _make_directories(socket: str, state_directory: str) -> None:
+    """Make the directories between the state directory and a socket, root's alone.
+
+    Raises:
+        MicrovmHostError: somebody was quicker.
+    """
+    directory = state_directory
+    for part in socket[len(state_directory) + 1 :].split("/")[:-1]:
+        directory += f"/{part}"
+        try:
+            os.mkdir(directory, 0o755)
+        except FileExistsError:
+            # What is root's stays where it is: the state directory is sticky.
+            if not _is_roots_directory(os.lstat(directory)):
+                raise MicrovmHostError(
+                    "a socket is to lie in here, but it is not a directory of root's alone",
+                    path=directory,
+                    hint="remove it; it is made anew at start",
+                ) from None
+
+
+def _is_roots_directory(status: os.stat_result) -> bool:
+    """Whether a directory is root's, and nobody else can put something else into it."""
+    others = stat.S_IWGRP | stat.S_IWOTH
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == 0 and not status.st_mode & others
+
+
+def _reserve(path: str) -> None:
+    """Make a file of root's where root's programs would write through whatever link is there.
+
+    Raises:
+        MicrovmHostError: a directory is there, or somebody else is quicker, time and again.
+    """
+    for _ in range(100):
+        try:
+            status = os.lstat(path)
+            if stat.S_ISREG(status.st_mode) and status.st_uid == 0 and status.st_nlink == 1:
+                return
+            os.unlink(path)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise MicrovmHostError(
+                f"is in the way of {VIRTIOFSD_RUN}: {error.strerror}", path=path
+            ) from error
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+            return
+        except FileExistsError:
+            continue
+    raise MicrovmHostError("is made anew by somebody as often as it is removed", path=path)
+
+
+def _is_roots_socket(path: str) -> bool:
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return stat.S_ISSOCK(status.st_mode) and status.st_uid == 0
+
+
+def _hand_over(socket: str, identity: Identity) -> None:
+    """Give a socket of root's to the VM's user alone; the script gave it to a group, perhaps."""
+    # Root's own, in directories where nobody else moves it.
+    os.chmod(socket, 0o600)
+    os.chown(socket, identity.uid, identity.gid, follow_symlinks=False)
+
+
+def _capabilities(*numbers: int) -> int:
+    """A set of capabilities, as systemd has it on its bus: a bit for each."""
+    return sum(1 << number for number in numbers)
+
+
+# capability.h's numbers. What virtiofsd needs to act for all users of a guest: it changes to the
+# guest's user for each request (SETUID, SETGID), makes files theirs (CHOWN, FOWNER, FSETID) and
+# device nodes for them (MKNOD), reads what is anybody's (DAC_OVERRIDE, DAC_READ_SEARCH), and
+# stores capabilities of files (SETFCAP).
+_CHOWN, _DAC_OVERRIDE, _DAC_READ_SEARCH, _FOWNER, _FSETID = 0, 1, 2, 3, 4
+_KILL, _SETGID, _SETUID, _SETPCAP, _SYS_CHROOT, _SYS_ADMIN = 5, 6, 7, 8, 18, 21
+_SYS_RESOURCE, _MKNOD, _SETFCAP = 24, 27, 31
+RIGHTS = _capabilities(
+    *(_CHOWN, _DAC_OVERRIDE, _DAC_READ_SEARCH, _FOWNER, _FSETID),
+    *(_SETGID, _SETUID, _MKNOD, _SETFCAP),
+    # It gives up what is above before it serves the guest, and shuts itself into its share with
+    # mounts of its own; these it gives up then. It does not raise LimitNOFILE= if that is high.
+    *(_SETPCAP, _SYS_ADMIN, _SYS_CHROOT, _SYS_RESOURCE),
+)
+# Its supervisor stops it, too.
+RIGHTS_OF_A_SCRIPT = RIGHTS | _capabilities(_KILL)
+# A user namespace of its own is all that it asks for.
+RIGHTS_OF_A_USER = 0
+
+
+def _confined(capabilities: int) -> dict[str, tuple[str, object]]:
+    """What bounds a virtiofsd beside its own sandbox, whose system calls it filters itself.
+
+    No RestrictSUIDSGID=: guests keep whole operating systems in shares. No RestrictNamespaces=:
+    its own sandbox is made of them. No ProtectSystem= and the like, but for the script: it goes
+    where nothing but the share can be seen, and the sources may be anywhere.
+    """
+    return {
+        "CapabilityBoundingSet": ("t", capabilities),
+        "NoNewPrivileges": ("b", True),
+        # The hypervisor's socket was given to it; the journal is its standard error.
+        "RestrictAddressFamilies": ("(bas)", (True, ["AF_UNIX"])),
+        # A guest may have device nodes made in its share: the harmless ones.
+        "DevicePolicy": ("s", "closed"),
+        "LockPersonality": ("b", True),
+        "MemoryDenyWriteExecute": ("b", True),
+        "RestrictRealtime": ("b", True),
+        "SystemCallArchitectures": ("as", ["native"]),
+    }
+
+
 def _common(vm: str, description: str) -> dict[str, tuple[str, object]]:
     """What all units of a VM's shares have."""
     return {
@@ -395,26 +584,29 @@ def undo(
     problems: list[str] = []
     vm = os.path.basename(state_directory)
     units: list[str] = []
-    sockets: list[str] = []
+    places: list[tuple[str, str]] = []
     for line in record.read():
         match line:
             # Whatever a record says, nobody else's units and files go.
             case ["unit", name] if names.vm_of_share_unit(name) == vm:
                 units.append(name)
-            case ["socket", path] if _is_below(path, state_directory):
-                sockets.append(path)
+            case ["socket" | "file" as verb, path] if _is_below(path, state_directory):
+                places.append((verb, path))
             case _:
                 problems.append(str(record.strange(line)))
     try:
         stop_units(units)
     except MicrovmHostError as error:
         problems.append(str(error))
-    for path in sockets:
+    for kind, path in places:
         try:
-            _remove_socket(path)
+            if kind == "socket":
+                _remove_socket(path)
+            else:
+                _remove_file(path)
             _remove_directories(os.path.dirname(path), state_directory)
         except OSError as error:
-            problems.append(f"socket {path} could not be removed: {error.strerror}")
+            problems.append(f"{kind} {path} could not be removed: {error.strerror}")
     if not problems:
         record.clear()
     return problems
@@ -430,6 +622,16 @@ def _remove_socket(path: str) -> None:
     """Remove a socket, if it is one: never another file, whoever put it there."""
     try:
         if stat.S_ISSOCK(os.lstat(path).st_mode):
+            os.unlink(path)
+    except FileNotFoundError:
+        pass
+
+
+def _remove_file(path: str) -> None:
+    """Remove a file that was made for root's programs, if it is one: never another's."""
+    try:
+        status = os.lstat(path)
+        if stat.S_ISREG(status.st_mode) and status.st_uid == 0:
             os.unlink(path)
     except FileNotFoundError:
         pass

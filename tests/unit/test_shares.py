@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import os
 import socket
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from microvm_host import shares
+from microvm_host import shares, trust
 from microvm_host.errors import MicrovmHostError, PackageError
 from microvm_host.identity import Identity
 from microvm_host.paths import VIRTIOFSD_PLACES, HostPaths
@@ -28,6 +29,12 @@ ALICE = Identity("alice", os.getuid(), "kvm", os.getgid())
 IS_ROOT = os.geteuid() == 0
 
 SOURCES = ["/srv", "/srv/$HOME ${x}", "/srv/100%i %h", "/srv/a,b", "/srv/back\\slash", "/ü '\""]
+
+
+@pytest.fixture(autouse=True)
+def trusted_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sources are beyond the VM's user, whoever runs the tests and wherever."""
+    monkeypatch.setattr(trust, "exchangeable", lambda path, by: None)
 
 
 def given(**options: Any) -> Share:
@@ -252,9 +259,12 @@ class FakeSystemd:
     def start_transient(self, unit: str, properties: Any, auxiliary: Any) -> None:
         self.started.append((unit, properties, auxiliary))
         for _kind, path in properties.get("Listen", ("", []))[1]:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            self.listeners.append(socket.socket(socket.AF_UNIX))
-            self.listeners[-1].bind(path)
+            self.bind(path)
+
+    def bind(self, path: str) -> None:
+        # Its directory is there: systemd is not to make any.
+        self.listeners.append(socket.socket(socket.AF_UNIX))
+        self.listeners[-1].bind(path)
 
     def active_state(self, unit: str) -> str:
         return self.active
@@ -295,7 +305,6 @@ def test_a_share_is_a_socket_and_a_service(
     expected = {
         "Listen": ("a(ss)", [("Stream", path)]),
         "SocketMode": ("u", 0o600),
-        "DirectoryMode": ("u", 0o755),
         "RemoveOnStop": ("b", True),
         "BindsTo": ("as", ["microvm-virtiofsd@web-1.service"]),
         # Its unit waits for it in stopping: nothing else may order the two.
@@ -321,6 +330,54 @@ def test_a_share_is_a_socket_and_a_service(
     assert service["OnFailure"] == ("as", [lost])
     assert "Restart" not in service
     assert service["After"] == ("as", ["local-fs.target", "remote-fs.target"])
+    assert "User" not in service
+    rights = service["CapabilityBoundingSet"][1]
+    # capability.h: CAP_SYS_ADMIN and CAP_SETFCAP it needs, CAP_SYS_PTRACE and CAP_NET_ADMIN not.
+    assert [bool(rights >> bit & 1) for bit in (21, 31, 19, 12)] == [True, True, False, False]
+    assert service["DevicePolicy"] == ("s", "closed")
+    assert service["RestrictAddressFamilies"] == ("(bas)", (True, ["AF_UNIX"]))
+
+
+@pytest.mark.usefixtures("state", "virtiofsd")
+def test_a_source_that_the_vms_user_could_exchange_is_served_with_their_rights(
+    host: HostPaths, package: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trust, "exchangeable", lambda path, by: "/home/alice")
+    systemd = FakeSystemd()
+    share = Share("t", str(root), "t.sock", options_given=True)
+    (step,) = shares.plan("web", str(package), [share], ALICE, host, systemd)
+    assert step.describe() == f"listen for share t ({root}, with the rights of alice alone)"
+    step.apply(Record(host.record("web", "virtiofsd")))
+    (service,) = systemd.started[0][2].values()
+    assert service["User"] == ("s", str(ALICE.uid))
+    assert service["Group"] == ("s", str(ALICE.gid))
+    assert service["CapabilityBoundingSet"] == ("t", 0)
+
+    # Neither QEMU's former virtiofsd nor a package's own script can be run so.
+    packages.program(package, "bin/virtiofsd-run")
+    plain = Share("t", str(root), "t.sock")
+    with pytest.raises(MicrovmHostError, match="would export as root") as caught:
+        shares.plan("web", str(package), [plain], ALICE, host, systemd)
+    assert caught.value.path == "/home/alice"
+    monkeypatch.setattr(shares, "find_virtiofsd", lambda _: LEGACY)
+    with pytest.raises(MicrovmHostError, match="former one cannot") as caught:
+        shares.plan("web", str(package), [share], ALICE, host, systemd)
+    assert caught.value.path == "/home/alice"
+
+
+@pytest.mark.usefixtures("state", "virtiofsd")
+def test_a_directory_for_a_socket_that_somebody_was_quicker_to_make(
+    host: HostPaths, package: Path, root: Path, state: str
+) -> None:
+    systemd = FakeSystemd()
+    share = Share("t", str(root), "run/t.sock", options_given=True)
+    (step,) = shares.plan("web", str(package), [share], ALICE, host, systemd)
+    os.mkdir(root / "elsewhere")
+    os.symlink(root / "elsewhere", f"{state}/run")
+    with pytest.raises(MicrovmHostError, match="not a directory of root's alone"):
+        step.apply(Record(host.record("web", "virtiofsd")))
+    assert systemd.started == []
+    assert os.listdir(root / "elsewhere") == []
 
 
 @pytest.mark.usefixtures("state", "virtiofsd")
@@ -359,8 +416,10 @@ def test_one_socket_for_two(host: HostPaths, package: Path, root: Path, state: s
 
 @pytest.mark.usefixtures("state")
 def test_own_script_where_only_it_knows_the_options(
-    host: HostPaths, package: Path, root: Path, state: str
+    host: HostPaths, package: Path, root: Path, state: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # The test's own, whoever runs it.
+    monkeypatch.setattr(shares, "_is_roots_socket", os.path.exists)
     script = str(packages.program(package, "bin/virtiofsd-run"))
     # No virtiofsd of the host is asked for.
     plain = [Share("a", str(root), "a.sock"), Share("b", str(root), "b.sock")]
@@ -370,17 +429,33 @@ def test_own_script_where_only_it_knows_the_options(
 
     record = Record(host.record("web", "virtiofsd"))
     for name in ("a.sock", "b.sock"):
-        Path(state, name).write_text("stands for a socket that is there")
+        systemd.bind(f"{state}/{name}")
+    monkeypatch.setattr(shares, "_remove_socket", lambda path: None)
+    # What root's programs would write to, through a link.
+    os.mkdir(root / "elsewhere")
+    Path(root / "elsewhere/file").write_text("of somebody else's")
+    os.symlink(root / "elsewhere/file", f"{state}/supervisord.log")
+    os.link(root / "elsewhere/file", f"{state}/a.sock.pid")
     step.apply(record)
+    reserved = ["a.sock.pid", "b.sock.pid", "supervisord.log", "supervisord.pid"]
     assert record.read() == [
         ["unit", "microvm-virtiofsd-web.service"],
         ["socket", f"{state}/a.sock"],
         ["socket", f"{state}/b.sock"],
+        *(["file", f"{state}/{name}"] for name in reserved),
     ]
+    for name in reserved:
+        status = os.lstat(f"{state}/{name}")
+        assert stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and status.st_size == 0
+    assert Path(root / "elsewhere/file").read_text() == "of somebody else's"
+    for name in ("a.sock", "b.sock"):
+        assert stat.S_IMODE(os.stat(f"{state}/{name}").st_mode) == 0o600
     ((unit, properties, auxiliary),) = systemd.started
     assert (unit, auxiliary) == ("microvm-virtiofsd-web.service", {})
     assert properties["ExecStartEx"][1] == [(script, [script], ["no-env-expand"])]
     assert properties["WorkingDirectory"] == ("s", state)
+    assert properties["ProtectSystem"] == ("s", "strict")
+    assert properties["ReadWritePaths"] == ("as", [state, str(root), str(root)])
     assert properties["BindsTo"] == ("as", ["microvm-virtiofsd@web.service"])
 
 
