@@ -18,6 +18,32 @@ if TYPE_CHECKING:
 
     from ..paths import HostPaths
 
+_AS_WHOM = ("ActiveState", "User", "Group", "SupplementaryGroups", "Environment")
+# Of microvm@.service, where the reasons are. A test compares the two.
+CONFINEMENT = (
+    "UMask=0077",
+    "CapabilityBoundingSet=",
+    "NoNewPrivileges=yes",
+    "DevicePolicy=closed",
+    "DeviceAllow=/dev/kvm rw",
+    "DeviceAllow=/dev/net/tun rw",
+    "DeviceAllow=/dev/vhost-net rw",
+    "DeviceAllow=/dev/vhost-vsock rw",
+    "DeviceAllow=/dev/vfio/vfio rw",
+    "DeviceAllow=/dev/iommu rw",
+    "DeviceAllow=char-macvtap rw",
+    "DeviceAllow=char-vfio* rw",
+    "DeviceAllow=char-usb_device rw",
+    "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK AF_VSOCK",
+    "SystemCallArchitectures=native",
+    "SystemCallFilter=~@clock @cpu-emulation @module @obsolete @raw-io @reboot @swap",
+    "SystemCallErrorNumber=EPERM",
+    "LockPersonality=yes",
+    "RestrictRealtime=yes",
+    "RestrictSUIDSGID=yes",
+    "ProtectClock=yes",
+    "ProtectHostname=yes",
+)
 _DOING = {"start": "starting", "stop": "stopping", "restart": "restarting"}
 _GONE_WITHIN = 30.0  # seconds
 
@@ -125,8 +151,7 @@ def run_in_foreground(vm: str, host: HostPaths) -> NoReturn:
         MicrovmHostError: the VM runs already.
     """
     shown = subprocess.run(
-        ["systemctl", "show", "--property=ActiveState,User,Group,Environment", "--"]
-        + [names.unit(vm)],
+        ["systemctl", "show", f"--property={','.join(_AS_WHOM)}", "--", names.unit(vm)],
         stdout=subprocess.PIPE,
         text=True,
         check=True,
@@ -157,16 +182,17 @@ def run_in_foreground(vm: str, host: HostPaths) -> NoReturn:
         ),
         "User": found["User"],
         "Group": found["Group"],
+        "SupplementaryGroups": found["SupplementaryGroups"],
         "WorkingDirectory": host.vm(vm),
         "LimitNOFILE": "1048576",
         "LimitMEMLOCK": "infinity",
-        "NoNewPrivileges": "yes",
         "Slice": "machine.slice",
     }
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     argv = ["systemd-run", "--quiet", "--wait", "--collect", "--pty" if is_terminal else "--pipe"]
     argv.append(f"--unit={names.foreground_unit(vm)}")
     argv += [f"--property={key}={value}" for key, value in properties.items() if value]
+    argv += [f"--property={setting}" for setting in CONFINEMENT]
     _become([*argv, helper, "start", vm])
 
 

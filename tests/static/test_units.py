@@ -90,7 +90,7 @@ def test_root_is_bounded_or_it_is_said_why_not(name: str) -> None:
         line.startswith("CapabilityBoundingSet=") for line in lines(name)
     )
     assert bounded or "# No sandbox" in text
-    assert "# No " in text and "sandbox" in text
+    assert "# No sandbox" in text or "# No ProtectSystem=" in text or "file system sandbox" in text
 
 
 @pytest.mark.parametrize("name", SET_UP)
@@ -166,8 +166,21 @@ def test_vm() -> None:
         "ExecStopPost=+@libexecdir@/helper ended %i"
     ]
     assert values(name, "WorkingDirectory") == ["@statedir@/%i"]
-    assert (values(name, "User"), values(name, "Group")) == (["microvm"], ["kvm"])
+    assert (values(name, "User"), values(name, "Group")) == (["microvm"], ["microvm"])
+    assert values(name, "SupplementaryGroups") == ["kvm"]
     assert values(name, "WantedBy") == ["microvms.target"]
+
+
+def test_a_vm_in_the_foreground_is_confined_like_a_service() -> None:
+    from microvm_host.cli.jobs import CONFINEMENT
+
+    keys = {setting.partition("=")[0] for setting in CONFINEMENT}
+    unit = [
+        line for line in lines("microvm@.service.in") if HARDENING.match(line) or "UMask" in line
+    ]
+    others = ("Limit", "Timeout", "Restart=", "RestartSec", "RestartPrevent", "KillMode")
+    assert [line for line in unit if not line.startswith(others)] == list(CONFINEMENT)
+    assert "UMask" in keys and "DeviceAllow" in keys
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not installed")

@@ -129,7 +129,7 @@ def test_run_in_the_foreground(toolkit: Toolkit, vm: str) -> None:
         )
     )
     shown = toolkit.sh(f"microvm -r {vm}")
-    assert f"STUB {vm}: started as microvm:kvm in /var/lib/microvms/{vm}" in shown
+    assert f"STUB {vm}: started as microvm:microvm in /var/lib/microvms/{vm}" in shown
     assert "tap " in shown
     toolkit.await_footprint(before)
     toolkit.systemctl("start", f"microvm@{vm}")

@@ -86,7 +86,7 @@ def test_status_tells_the_story(toolkit: Toolkit, vm: str) -> None:
     assert toolkit.property(f"microvm@{vm}", "LimitMEMLOCK") == "infinity"
     assert toolkit.property(f"microvm@{vm}", "LimitNOFILE") == "1048576"
     assert toolkit.sh(f"readlink /proc/{main}/cwd").strip() == f"/var/lib/microvms/{vm}"
-    assert any(f"STUB {vm}: started as microvm:kvm" in line for line in toolkit.journal(vm))
+    assert any(f"STUB {vm}: started as microvm:microvm" in line for line in toolkit.journal(vm))
 
 
 @pytest.mark.core

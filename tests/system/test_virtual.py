@@ -88,7 +88,7 @@ def test_the_whole_package(machine: Toolkit) -> None:
     assert "1 received" in machine.sh("ping -c1 -W20 10.77.1.2")
 
     index = machine.host.read("/sys/class/net/whole2/ifindex").strip()
-    assert machine.sh(f"stat -c '%U:%G %a' /dev/tap{index}").strip() == "microvm:kvm 600"
+    assert machine.sh(f"stat -c '%U:%G %a' /dev/tap{index}").strip() == "microvm:microvm 600"
     details = machine.sh("ip -details link show whole2")
     assert "macvtap mode bridge" in details
     assert "ALLMULTI" in details or "allmulti 1" in details, details
