@@ -21,6 +21,7 @@ SET_UP = [
 ]
 MORE_SERVICES = [
     "install-microvm@.service.in",
+    "microvm-guard@.service.in",
     "microvm-machined@.service.in",
     "microvm-share-lost@.service.in",
     "microvm@.service.in",
@@ -90,7 +91,12 @@ def test_root_is_bounded_or_it_is_said_why_not(name: str) -> None:
         line.startswith("CapabilityBoundingSet=") for line in lines(name)
     )
     assert bounded or "# No sandbox" in text
-    assert "# No sandbox" in text or "# No ProtectSystem=" in text or "file system sandbox" in text
+    assert (
+        "ProtectSystem=strict" in text
+        or "# No sandbox" in text
+        or "# No ProtectSystem=" in text
+        or "file system sandbox" in text
+    )
 
 
 @pytest.mark.parametrize("name", SET_UP)
@@ -119,6 +125,16 @@ def test_set_up_follows_set_booted_and_is_skipped_where_not_asked_for(name: str)
     (condition,) = values(name, "ConditionPathExists")
     # What was booted, not what is current by now.
     assert condition.startswith("@statedir@/%i/booted/share/microvm/")
+
+
+def test_guard_is_stopped_with_the_vm_and_not_after_it() -> None:
+    name, unit = "microvm-guard@.service.in", "microvm-guard@%i.service"
+    assert values(name, "PartOf") == ["microvm@%i.service"]
+    assert values(name, "StopWhenUnneeded") == ["yes"]
+    assert values(name, "Requires") == ["microvm-set-booted@%i.service"] == values(name, "After")
+    assert values(name, "Before") == values(name, "ExecStart") == []
+    assert unit in values("microvm@.service.in", "Wants")
+    assert unit not in values("microvm@.service.in", "After")
 
 
 @pytest.mark.parametrize(

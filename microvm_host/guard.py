@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: MIT
+"""Watches over a stop that a hostile hypervisor could hold up for ever.
+
+It trusts nothing but what systemd says of the unit's state: the main process is what the unit's
+own processes made systemd believe.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+
+from . import log, names, process
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+PROPERTIES = ("ActiveState", "Job", "MainPID")
+# The job of the unit may have to wait for a moment.
+BEGINS_WITHIN = 5.0  # seconds
+LOOK_EVERY = 1.0  # seconds
+
+
+def patience(environment: str, default: float) -> float:
+    """How many seconds a unit's guest has to shut down, by its Environment= as systemd shows it."""
+    found = default
+    for word in environment.split():
+        key, _, value = word.strip("\"'").partition("=")
+        if key == "MICROVM_SHUTDOWN_SECONDS":
+            try:
+                found = float(value)
+            except ValueError:
+                found = default
+    return found
+
+
+def watch(vm: str, within: float, look: Callable[[], Mapping[str, str]]) -> None:
+    """Wait until the unit of a VM has stopped, and kill all that is in it if that takes too long.
+
+    Args:
+        within: seconds.
+        look: gives the unit's PROPERTIES.
+
+    Raises:
+        MicrovmHostError: systemd does not answer.
+    """
+    unit = names.unit(vm)
+    began = time.monotonic()
+    is_stopping = False
+    while True:
+        found = look()
+        elapsed = time.monotonic() - began
+        if found["ActiveState"] == "deactivating":
+            is_stopping = True
+            if elapsed > within:
+                # Again and again: it may have made new processes.
+                log.error(
+                    f"{unit} is there {elapsed:.0f} s after it was told to stop: killing all of it",
+                    vm=vm,
+                )
+                process.output(["systemctl", "kill", "--signal=KILL", "--", unit])
+        elif is_stopping or not found.get("Job") or elapsed > BEGINS_WITHIN:
+            # It has stopped, or is about to start again, or ended by itself.
+            return
+        _wait(int(found["MainPID"]))
+
+
+def _wait(pid: int) -> None:
+    """Wait for a process to end, or for a while."""
+    try:
+        main = os.pidfd_open(pid)
+    except (OSError, ValueError):
+        # Gone already: what is left takes a moment.
+        time.sleep(LOOK_EVERY / 20)
+        return
+    try:
+        poll = select.poll()
+        poll.register(main, select.POLLIN)
+        if poll.poll(LOOK_EVERY * 1000):
+            # systemd hears of it when we do.
+            time.sleep(LOOK_EVERY / 50)
+    finally:
+        os.close(main)

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: MIT
+"""The guard over a stop: when it waits, when it kills, and when it goes."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable
+
+import pytest
+
+from microvm_host import guard, process
+
+UNIT = "microvm@web.service"
+
+
+@pytest.fixture
+def killed(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """What was run, in place of running it."""
+    argvs: list[list[str]] = []
+
+    def note(argv: list[str]) -> str:
+        argvs.append(argv)
+        return ""
+
+    monkeypatch.setattr(process, "output", note)
+    monkeypatch.setattr(guard, "LOOK_EVERY", 0.01)
+    return argvs
+
+
+def states(*states: str, pid: int = 0) -> Callable[[], dict[str, str]]:
+    """Gives one state after the other."""
+    left = list(states)
+    return lambda: {"ActiveState": left.pop(0), "MainPID": str(pid), "Job": "12"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "seconds"),
+    [
+        ("", 90),
+        ("A=b MICROVM_SHUTDOWN_SECONDS=2.5", 2.5),
+        ('"MICROVM_SHUTDOWN_SECONDS=300"', 300),
+        ("MICROVM_SHUTDOWN_SECONDS=1 MICROVM_SHUTDOWN_SECONDS=2", 2),
+        ("MICROVM_SHUTDOWN_SECONDS=soon", 90),
+        ("XMICROVM_SHUTDOWN_SECONDS=1", 90),
+    ],
+)
+def test_patience(environment: str, seconds: float) -> None:
+    assert guard.patience(environment, 90) == seconds
+
+
+@pytest.mark.parametrize(
+    "seen",
+    [
+        ("deactivating", "deactivating", "inactive"),
+        ("active", "deactivating", "failed"),
+        # It was restarted, or ended by itself and waits to be started again.
+        ("deactivating", "activating"),
+        ("deactivating", "active"),
+        # The hypervisor pretended to reload, or was about to start.
+        ("reloading", "deactivating", "inactive"),
+        ("activating", "deactivating", "inactive"),
+    ],
+)
+def test_it_goes_when_the_vm_has_stopped(seen: tuple[str, ...], killed: list[list[str]]) -> None:
+    look = states(*seen)
+    guard.watch("web", 60, look)
+    # Not before: all that there was to see was seen.
+    with pytest.raises(IndexError):
+        look()
+    assert killed == []
+
+
+def test_it_kills_what_does_not_stop(killed: list[list[str]]) -> None:
+    guard.watch("web", -1, states("deactivating", "deactivating", "failed"))
+    assert killed == [["systemctl", "kill", "--signal=KILL", "--", UNIT]] * 2
+
+
+def test_it_does_not_kill_what_was_not_told_to_stop(
+    killed: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "BEGINS_WITHIN", 0.05)
+    guard.watch("web", -1, lambda: {"ActiveState": "active", "MainPID": "0", "Job": "12"})
+    # It ended by itself, and waits to be started again.
+    guard.watch("web", -1, lambda: {"ActiveState": "activating", "MainPID": "0"})
+    assert killed == []
+
+
+def test_it_sees_the_main_process_end_at_once(
+    killed: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "LOOK_EVERY", 20)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with subprocess.Popen(["sleep", "0.2"]) as child:
+        guard.watch("web", 60, states("deactivating", "inactive", pid=child.pid))
+    assert killed == []
