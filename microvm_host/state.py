@@ -114,9 +114,13 @@ def booted(name: str, host: HostPaths) -> str | None:
     """What `booted` points to; None if it is not there, or not root's: then nothing runs by us."""
     path = host.booted(name)
     try:
-        return os.readlink(path) if os.lstat(path).st_uid == 0 else None
+        return os.readlink(path) if _is_roots(os.lstat(path)) else None
     except OSError:
         return None
+
+
+def _is_roots(status: os.stat_result) -> bool:
+    return status.st_uid == 0
 
 
 def pointed_to(path: str) -> str | None:

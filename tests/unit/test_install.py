@@ -40,6 +40,7 @@ def without_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(systemd, "identity", lambda name: ours)
     monkeypatch.setattr(os, "fchown", lambda *_: None)
     monkeypatch.setattr(source, "_is_roots_file", lambda status: True)
+    monkeypatch.setattr(state, "_is_roots", lambda status: True)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from microvm_host import listing, source, systemd
+from microvm_host import listing, source, state, systemd
 from microvm_host.cli import table
 from microvm_host.errors import MicrovmHostError
 from microvm_host.listing import Row, Version
@@ -63,6 +63,7 @@ class Scene:
 def scene(host: HostPaths, monkeypatch: pytest.MonkeyPatch) -> Scene:
     monkeypatch.setattr(systemd, "states", lambda *patterns: ACTIVE)
     monkeypatch.setattr(source, "_is_roots_file", lambda status: True)
+    monkeypatch.setattr(state, "_is_roots", lambda status: True)
     scene = Scene(host)
     one, two = scene.package("runner-1"), scene.package("runner-2")
     old = scene.package("old", f"{STORE}-nixos-system-web-24.05")

@@ -47,6 +47,14 @@ def test_link_after_one_that_was_killed(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["current"]
 
 
+def test_link_where_its_name_in_between_is_taken(tmp_path: Path) -> None:
+    taken = tmp_path / f".current.{os.getpid()}"
+    taken.mkdir()
+    state.link(str(tmp_path / "current"), "/a")
+    assert os.readlink(tmp_path / "current") == "/a"
+    assert sorted(os.listdir(tmp_path)) == sorted([taken.name, "current"])
+
+
 def test_link_is_there_all_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = str(tmp_path / "current")
     state.link(path, "/old")
@@ -108,6 +116,26 @@ def test_check_current_of_whom(host: HostPaths, monkeypatch: pytest.MonkeyPatch)
     assert caught.value.hint.endswith(f"chown -h root '{host.current('web')}'")
 
 
+def test_check_current_with_another_name(host: HostPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link that root made, and that somebody put here too."""
+    os.mkdir(host.vm("web"))
+    os.symlink("/p", f"{host.state}/other")
+    os.link(f"{host.state}/other", host.current("web"), follow_symlinks=False)
+    if os.geteuid() == 0:
+        with pytest.raises(MicrovmHostError, match="has another name elsewhere"):
+            state.check_current("web", host)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="makes links of others")
+def test_booted_is_roots_word(host: HostPaths) -> None:
+    os.mkdir(host.vm("web"))
+    assert state.booted("web", host) is None
+    os.symlink("/p", host.booted("web"))
+    assert state.booted("web", host) == "/p"
+    os.lchown(host.booted("web"), 12345, -1)
+    assert state.booted("web", host) is None
+
+
 def owned_by_root(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Take the change of owner down instead of doing it, which takes root."""
     given: list[tuple[int, int]] = []
@@ -128,7 +156,9 @@ def test_prepare_mends_the_mode_and_keeps_content(
     owned_by_root(monkeypatch)
     os.mkdir(host.vm("web"), 0o777)
     Path(host.vm("web"), "disk.img").write_text("data")
-    state.prepare("web", os.getgid(), host)
+    was_anothers = os.geteuid() != 0 or os.stat(host.vm("web")).st_gid != os.getgid()
+    assert state.prepare("web", os.getgid(), host) is was_anothers
+    assert state.prepare("web", os.getgid() + 1, host)
     assert stat.S_IMODE(os.stat(host.vm("web")).st_mode) == 0o1771
     assert Path(host.vm("web"), "disk.img").read_text() == "data"
 
