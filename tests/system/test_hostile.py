@@ -1,0 +1,640 @@
+# SPDX-License-Identifier: MIT
+"""A hypervisor that a guest has taken over tries to make root act for it.
+
+Each test is one way, tried for real on a host: somebody with all that the VM's user has plants
+something, or does so in a loop, while root starts, stops and lists. What is asserted is that the
+thing which root alone may touch is as it was, and that the VM still runs, or fails with a reason.
+
+The attacker is `microvm`, the user of all VMs that have no other, so that a process of one VM is
+at hand while root sets up another: that is the most that a hypervisor can have. Hard links to what
+is root's are made by root on its behalf, as they could be where fs.protected_hardlinks is off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+from tests.guest.package import Share, Stub, Tap
+
+from .toolkit import Toolkit
+
+pytestmark = pytest.mark.container
+
+EVE = "microvm"
+# Root's, in a directory of root's.
+PROTECTED = "/etc/protected"
+
+
+class Arena:
+    """A VM, its state directory, and somebody who has its user."""
+
+    def __init__(self, toolkit: Toolkit, vm: str) -> None:
+        self.toolkit = toolkit
+        self.vm = vm
+        self.state = f"/var/lib/microvms/{vm}"
+
+    def eve(self, line: str, *, check: bool = True) -> str:
+        """Run a line of shell as the VM's user in the state directory; gives what it printed."""
+        argv = ["sh", "-c", f"cd {self.state} && {{ {line}\n}} 2>&1"]
+        done = self.toolkit.host.run(argv, user=EVE, check=check)
+        return done.stdout
+
+    @contextlib.contextmanager
+    def keeps(self, line: str) -> Iterator[None]:
+        """Have the VM's user do something over and over, as fast as it goes."""
+        loop = f"cd {self.state} && echo go && while :; do {line}; done 2>/dev/null"
+        process = self.toolkit.host.spawn(["bash", "-c", loop], user=EVE)
+        try:
+            assert process.stdout is not None and process.stdout.readline() == "go\n"
+            yield
+            assert process.poll() is None, "the attacker gave up"
+        finally:
+            process.kill()
+            process.communicate()
+
+    def hard_link(self, target: str, name: str) -> None:
+        """What the kernel may keep the VM's user from, and some kernels do not."""
+        self.toolkit.sh(f"rm -f {self.state}/{name}; ln -P {target} {self.state}/{name}")
+
+    def make(self, **fields: object) -> None:
+        package = Stub(name=self.vm, **fields)  # type: ignore[arg-type]
+        self.toolkit.create(package)
+
+    def start(self) -> str:
+        """Start the VM; gives what was said if that failed."""
+        done = self.toolkit.host.run(["microvm", "start", self.vm], check=False)
+        return done.stderr if done.returncode else ""
+
+    def stop(self) -> None:
+        self.toolkit.host.run(["microvm", "stop", self.vm])
+
+    def is_up(self) -> bool:
+        return self.toolkit.property(f"microvm@{self.vm}", "ActiveState") == "active"
+
+    def unharmed(self) -> None:
+        """Assert that what is root's is as it was made."""
+        shown = self.toolkit.sh(f"stat -c '%u:%g %a %h' {PROTECTED}; cat {PROTECTED}")
+        assert shown == "0:0 644 1\nroot's\n" or shown == "0:0 644 2\nroot's\n", shown
+        assert self.toolkit.sh("ls -A /etc/protected.d") == ""
+
+
+@pytest.fixture
+def arena(toolkit: Toolkit, vm: str) -> Iterator[Arena]:
+    toolkit.sh(
+        f'rm -rf {PROTECTED} /etc/protected.d; echo "root\'s" >{PROTECTED}; chmod 644 {PROTECTED}; '
+        "mkdir /etc/protected.d; mkdir -p /srv/data"
+    )
+    arena = Arena(toolkit, vm)
+    yield arena
+    arena.unharmed()
+    toolkit.sh(f"rm -rf {PROTECTED} /etc/protected.d; systemctl reset-failed", check=False)
+
+
+def data(**fields: object) -> tuple[Share, ...]:
+    """One share of a directory of root's."""
+    return (Share(**{"tag": "data", "source": "/srv/data", **fields}),)  # type: ignore[arg-type]
+
+
+# ---- the links that say what runs
+
+
+@pytest.mark.parametrize("link", ["current", "booted"])
+def test_replacing_a_link_to_the_package(arena: Arena, link: str) -> None:
+    arena.make()
+    assert not arena.start()
+    before = arena.toolkit.sh(f"readlink {arena.state}/{link}")
+    arena.toolkit.sh("mkdir -p /opt/evil")
+    for line in (
+        f"rm -f {link}",
+        f"mv {link} {link}.old",
+        f"ln -sfn /opt/evil {link}",
+        f"ln -s /opt/evil new && mv -T new {link}",
+        f"unlink {link}",
+    ):
+        assert "Operation not permitted" in arena.eve(line, check=False), line
+    assert arena.toolkit.sh(f"readlink {arena.state}/{link}") == before
+
+
+def test_racing_for_the_link_to_the_package(arena: Arena) -> None:
+    """`booted` comes and goes with each start: it is taken in between."""
+    arena.make()
+    with arena.keeps("ln -s /opt/evil booted; ln -sfn /opt/evil booted; rm -f booted"):
+        for _ in range(4):
+            assert not arena.start()
+            target = arena.toolkit.sh(f"stat -c '%u %N' {arena.state}/booted")
+            assert target.startswith("0 ") and "/opt/evil" not in target
+            arena.stop()
+
+
+def test_planting_a_link_to_a_package_where_there_is_none(arena: Arena) -> None:
+    arena.make()
+    other = arena.toolkit.sh(f"readlink {arena.state}/current").strip()
+    arena.toolkit.sh(f"rm {arena.state}/current; ln -s {other} {arena.state}-link")
+    arena.eve(f"ln -s {other} current")
+    assert "does not belong to root" in arena.start()
+    # A second name of a link that root made elsewhere.
+    arena.eve("rm current")
+    arena.hard_link(f"{arena.state}-link", "current")
+    assert arena.toolkit.sh(f"stat -c %u {arena.state}/current").strip() == "0"
+    assert "has another name elsewhere (a hard link)" in arena.start()
+    arena.toolkit.sh(f"rm {arena.state}-link")
+
+
+def test_being_taken_for_booted(arena: Arena) -> None:
+    """What the VM is said to run is root's word, and does not command root's terminal."""
+    arena.make()
+    arena.eve(
+        "mkdir -p \"$(printf 'evil\\033[31m')/bin\" \"$(printf 'evil\\033[31m')/share/microvm\"; "
+        "cd evil*; printf '#!/bin/sh\\n' >bin/microvm-run; chmod +x bin/microvm-run; "
+        'echo 4 >share/microvm/vsock-cid; cd ..; ln -s "$(echo evil*)" booted'
+    )
+    assert "\033" not in arena.toolkit.sh("microvm -l")
+    (row,) = json.loads(arena.toolkit.sh(f"microvm list --json {arena.vm}"))
+    assert row["booted"] is None
+    shown = arena.toolkit.host.run(["microvm", "ssh", arena.vm], check=False).stderr
+    assert "has no vsock CID" in shown
+
+
+def test_a_directory_in_the_way_of_booted(arena: Arena) -> None:
+    arena.make()
+    arena.eve("mkdir booted booted/inner")
+    assert "booted: cannot be replaced: Is a directory" in arena.start()
+    assert arena.toolkit.sh("ls /run/microvm-host").split() == []
+    arena.eve("rm -r booted")
+    assert not arena.start()
+
+
+def test_taking_the_names_that_root_uses_in_between(arena: Arena) -> None:
+    """Files that root makes beside a link or a note, and then renames, have the pid in them."""
+    arena.make()
+    code = (
+        f"import os; first = os.getpid(); to = '{PROTECTED}'; [(os.mkdir(f'.booted.{{i}}'), "
+        "os.symlink(to, f'runner.{i}'), os.symlink(to, f'.current.{i}')) "
+        "for i in range(first, first + 1000)]"
+    )
+    arena.eve(f'python3 -c "{code}"')
+    assert not arena.start()
+    arena.toolkit.host.run(["microvm", "update", arena.vm])
+    assert arena.toolkit.sh(f"stat -c %u {arena.state}/runner").strip() == "0"
+    assert arena.toolkit.sh(f"stat -c %u {arena.state}/booted").strip() == "0"
+
+
+# ---- what remembers where the package came from
+
+
+def test_notes_of_eves_are_not_believed(arena: Arena) -> None:
+    path = arena.toolkit.put(Stub(name=arena.vm))
+    arena.toolkit.link(arena.vm, path)
+    # As after a start, which gives the directory its owner.
+    assert not arena.start()
+    arena.stop()
+    arena.toolkit.sh(f"echo /opt/evil >{arena.state}-note")
+    for line in (
+        "rm -f runner; echo /opt/evil >runner",
+        "rm -f runner; mkfifo runner",
+        f"rm -f runner; ln -s {arena.state}-note runner",
+        "",
+    ):
+        if line:
+            arena.eve(line)
+        else:
+            arena.hard_link(f"{arena.state}-note", "runner")
+        done = arena.toolkit.host.run(["microvm", "update", arena.vm], check=False, timeout=10)
+        assert "nothing tells where the package" in done.stderr, line
+        assert arena.toolkit.host.run(["microvm", "-l"], timeout=10).returncode == 0
+    arena.toolkit.sh(f"rm {arena.state}-note")
+
+
+def test_a_package_that_eve_could_change(arena: Arena) -> None:
+    """Its files say what root exports, and to whom it gives which interface."""
+    package = Stub(name=arena.vm, taps=(Tap(name="evil0", mac="02:00:00:00:00:01"),))
+    arena.toolkit.put(package, "/opt/hers")
+    for part in ("", "/share/microvm", "/share/microvm/tap-interfaces"):
+        arena.toolkit.sh(f"chown -R root: /opt/hers; chown {EVE} /opt/hers{part}")
+        arena.toolkit.link(arena.vm, "/opt/hers")
+        assert f"could be changed by {EVE}" in arena.start(), part
+        assert not arena.toolkit.host.exists("/sys/class/net/evil0")
+    arena.toolkit.sh("chown -R root: /opt/hers")
+    assert not arena.start()
+
+
+# ---- sockets that root makes and gives away
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        f"ln -s {PROTECTED} vm.sock",
+        "",
+        "ln -s current vm.sock",
+        "mkfifo vm.sock",
+        "echo precious >vm.sock",
+        "mkdir vm.sock",
+    ],
+)
+def test_something_in_the_place_of_a_socket(arena: Arena, plant: str) -> None:
+    arena.make(shares=data(socket="vm.sock"))
+    if plant:
+        arena.eve(plant)
+    else:
+        arena.hard_link(PROTECTED, "vm.sock")
+    before = arena.toolkit.sh(f"stat -c '%i %u:%g %a %F' {arena.state}/vm.sock")
+    assert "this is no socket" in arena.start()
+    assert arena.toolkit.sh(f"stat -c '%i %u:%g %a %F' {arena.state}/vm.sock") == before
+
+
+def test_a_socket_of_eves_in_the_place_of_roots(arena: Arena) -> None:
+    """Another VM's hypervisor would like to be the virtiofsd of this one."""
+    arena.make(shares=data(socket="vm.sock"))
+    code = "import socket as s, time; l = s.socket(s.AF_UNIX); l.bind('vm.sock'); l.listen()"
+    arena.eve(f'python3 -c "{code}"')
+    assert not arena.start()
+    assert arena.state in arena.toolkit.sh(f"ss -xlp | grep {arena.state}/vm.sock | grep systemd")
+
+
+def test_racing_for_the_socket(arena: Arena) -> None:
+    """Between the look at the place and the chown lies systemd's bind."""
+    arena.make(shares=data(socket="vm.sock"))
+    swap = f"ln -s {PROTECTED} vm.sock; rm -f vm.sock; ln {PROTECTED} vm.sock; rm -f vm.sock"
+    with arena.keeps(swap):
+        for _ in range(5):
+            said = arena.start()
+            assert not said or "vm.sock" in said or "socket" in said, said
+            arena.unharmed()
+            arena.toolkit.sh(f"systemctl stop microvm@{arena.vm}; systemctl reset-failed")
+
+
+@pytest.mark.parametrize("target", ["/etc/protected.d", "../../../../etc/protected.d"])
+def test_a_link_in_the_place_of_a_sockets_directory(arena: Arena, target: str) -> None:
+    arena.make(shares=data(socket="run/vm.sock"))
+    arena.eve(f"ln -s {target} run")
+    assert "not a directory of root's" in arena.start()
+    arena.eve("rm run; mkdir run")
+    assert "not a directory of root's" in arena.start()
+    arena.eve("rmdir run")
+    assert not arena.start()
+
+
+def test_racing_for_a_sockets_directory(arena: Arena) -> None:
+    """systemd makes missing directories, and follows links that are there."""
+    arena.make(shares=data(socket="run/vm.sock"))
+    with arena.keeps("ln -s /etc/protected.d run; rm -f run; mkdir run; rmdir run"):
+        for _ in range(5):
+            said = arena.start()
+            assert not said or "/run: " in said or "run/vm.sock" in said, said
+            arena.unharmed()
+            arena.toolkit.sh(f"systemctl stop microvm@{arena.vm}; systemctl reset-failed")
+
+
+# ---- what root exports
+
+
+def virtiofsd_of(arena: Arena) -> str:
+    """Connect to the share as the hypervisor would; tells of each virtiofsd that this started."""
+    code = (
+        "import socket, time; s = socket.socket(socket.AF_UNIX); s.connect('vm.sock'); "
+        "time.sleep(1.5)"
+    )
+    look = (
+        "sleep 1; for p in $(pgrep virtiofsd); do echo runs as $(stat -c %U /proc/$p) and sees "
+        "$(ls -A /proc/$p/root); done"
+    )
+    return arena.toolkit.sh(
+        f"cd {arena.state}; setpriv --reuid={EVE} --regid={EVE} --init-groups "
+        f'python3 -c "{code}" & {look}; wait; '
+        f"journalctl --no-pager -o json -u microvm-virtiofsd-{arena.vm}-data.service | "
+        'grep -o \'"_UID":"[0-9]*"\\|is not a directory\\|does not exist\' | sort | uniq -c'
+    )
+
+
+@pytest.mark.parametrize("source", ["shared", "{state}/shared"])
+def test_exchanging_a_source_before_virtiofsd_starts(arena: Arena, source: str) -> None:
+    """It was checked when the VM was set up, and is opened when the hypervisor connects."""
+    arena.make(shares=data(source=source.format(state=arena.state), socket="vm.sock"))
+    arena.toolkit.sh("mkdir -p /root/secret && echo x >/root/secret/key && chmod 755 /root/secret")
+    arena.eve("mkdir shared")
+    assert not arena.start()
+    arena.eve("mv shared old; ln -s /root/secret shared")
+    found = virtiofsd_of(arena)
+    assert "runs as root" not in found and "key" not in found, found
+    # It ran, as the VM's user, and did not get there.
+    uid = arena.toolkit.sh(f"id -u {EVE}").strip()
+    assert f'"_UID":"{uid}"' in found and "does not exist" in found, found
+
+
+def test_a_source_of_roots_is_served_as_root(arena: Arena) -> None:
+    """The counterpart: without it, the test above could not fail."""
+    arena.toolkit.sh("echo x >/srv/data/hello")
+    arena.make(shares=data(socket="vm.sock"))
+    assert not arena.start()
+    found = virtiofsd_of(arena)
+    assert "runs as root" in found and "hello" in found, found
+
+
+def own_script(arena: Arena, **fields: object) -> None:
+    share = Share(**{"tag": "data", "source": "/srv/data", "socket": "vm.sock", **fields})  # type: ignore[arg-type]
+    arena.make(shares=(share,), share_options=False, virtiofsd_run=True)
+
+
+def test_links_where_the_packages_own_virtiofsd_writes(arena: Arena) -> None:
+    own_script(arena)
+    for name in ("supervisord.log", "supervisord.pid", "vm.sock.pid", "vm.sock"):
+        arena.eve(f"ln -s {PROTECTED} {name}")
+    said = arena.start()
+    assert "this is no socket" in said
+    arena.eve("rm vm.sock")
+    assert not arena.start()
+    assert arena.toolkit.sh(f"stat -c '%U %a' {arena.state}/vm.sock") == f"{EVE} 600\n"
+
+
+def test_racing_the_packages_own_virtiofsd(arena: Arena) -> None:
+    """It runs as root in a directory where others make links: outside it can write nothing."""
+    own_script(arena)
+    names = ("supervisord.log", "supervisord.pid", "vm.sock.pid")
+    with arena.keeps("; ".join(f"ln -s {PROTECTED} {name}" for name in names)):
+        arena.start()
+        arena.unharmed()
+    arena.toolkit.sh(f"systemctl stop microvm@{arena.vm}; systemctl reset-failed")
+
+
+def test_a_source_of_eves_for_the_packages_own_virtiofsd(arena: Arena) -> None:
+    own_script(arena, source="shared")
+    arena.eve("mkdir shared")
+    assert "which the package's bin/virtiofsd-run would export as root" in arena.start()
+
+
+# ---- records, messages, signals
+
+
+def test_planting_records(arena: Arena) -> None:
+    arena.make(taps=(Tap(name=f"{arena.vm}a", mac="02:00:00:00:00:01"),))
+    assert not arena.start()
+    for line in (
+        "mkdir /run/microvm-host/other",
+        f"echo 'tap\teth0' >>/run/microvm-host/{arena.vm}/tap-interfaces",
+        f"rm -f /run/microvm-host/{arena.vm}/tap-interfaces",
+        f"mv /run/microvm-host/{arena.vm} /run/microvm-host/x",
+        "mkdir /var/lib/microvms/other",
+        "ln -s /srv /etc/microvms/other.toml",
+    ):
+        said = arena.eve(line, check=False)
+        assert "ermission denied" in said, (line, said)
+    arena.stop()
+    assert not arena.toolkit.host.exists(f"/sys/class/net/{arena.vm}a")
+
+
+NOTIFY = """
+import os, socket, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+address = os.environ["NOTIFY_SOCKET"].replace("@", "\\0")
+s = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+while True:
+    for message in MESSAGES:
+        try:
+            s.sendto(message.encode(), address)
+            null = open("/dev/null").fileno().to_bytes(4, "little")
+            s.sendmsg([b"FDSTORE=1"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, null)], 0, address)
+        except OSError:
+            pass
+    time.sleep(0.05)
+"""
+
+
+def talker(*messages: str) -> str:
+    """Shell that becomes a hypervisor which tells systemd things, and ignores SIGTERM."""
+    code = NOTIFY.replace("MESSAGES", repr(messages))
+    return f"exec python3 -c '{code.replace(chr(39), chr(34))}'"
+
+
+def test_telling_systemd_of_another_main_process(arena: Arena) -> None:
+    """Whoever is the main process is killed at a stop: systemd itself, or another VM."""
+    victim = f"{arena.vm}v"
+    arena.toolkit.create(Stub(name=victim))
+    try:
+        arena.toolkit.systemctl("start", f"microvm@{victim}")
+        pid = arena.toolkit.property(f"microvm@{victim}", "MainPID")
+        arena.make(run=talker("MAINPID=1", f"MAINPID={pid}", "MAINPID=0"))
+        assert not arena.start()
+        main = arena.toolkit.property(f"microvm@{arena.vm}", "MainPID")
+        arena.toolkit.sh("sleep 0.5")
+        assert arena.toolkit.property(f"microvm@{arena.vm}", "MainPID") == main
+        assert arena.toolkit.property(f"microvm@{arena.vm}", "NFileDescriptorStore") == "0"
+        arena.toolkit.sh(f"systemctl kill -s KILL microvm@{arena.vm}")
+        arena.toolkit.sh(f"systemctl stop microvm@{arena.vm}")
+        assert arena.toolkit.property(f"microvm@{victim}", "MainPID") == pid
+        assert arena.toolkit.host.exists(f"/proc/{pid}")
+    finally:
+        arena.toolkit.remove(victim)
+
+
+@pytest.fixture
+def impatient(arena: Arena) -> Iterator[None]:
+    """All patience of a stop in seconds, not minutes."""
+    file = "/usr/local/lib/microvm-host/microvm_host/helper.py"
+    arena.toolkit.sh(
+        f"cp {file} /tmp/helper.py; sed -i 's/^GUARD_WAITS = .*/GUARD_WAITS = 3.0/' {file}"
+    )
+    arena.toolkit.host.write(
+        f"/etc/systemd/system/microvm@{arena.vm}.service.d/quick.conf",
+        "[Service]\nEnvironment=MICROVM_SHUTDOWN_SECONDS=1\nTimeoutStopSec=2\nRestart=no\n",
+    )
+    arena.toolkit.systemctl("daemon-reload")
+    yield
+    arena.toolkit.sh(f"cat /tmp/helper.py >{file}")
+
+
+@pytest.mark.usefixtures("impatient")
+def test_talking_systemd_out_of_a_stop(arena: Arena) -> None:
+    arena.make(run=talker("EXTEND_TIMEOUT_USEC=600000000", "RELOADING=1", "WATCHDOG=1"))
+    assert not arena.start()
+    arena.toolkit.systemctl("stop", f"microvm@{arena.vm}", check=False, timeout=20)
+    assert arena.toolkit.property(f"microvm@{arena.vm}", "ActiveState") == "failed"
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("name", ["KILL", "STOP"])
+def test_signals_to_the_helper_that_asks(arena: Arena, name: str) -> None:
+    """It runs as the VM's user, who may send it any; what stands behind it is root's."""
+    arena.make(
+        run="trap '' TERM; echo up; while :; do for p in $(pgrep -u $(id -u) -f 'helper stop'); do "
+        f"kill -{name} $p; done; sleep 0.05; done",
+        shutdown="hang",
+    )
+    assert not arena.start()
+    arena.toolkit.systemctl("stop", f"microvm@{arena.vm}", check=False, timeout=25)
+    assert arena.toolkit.property(f"microvm@{arena.vm}", "ActiveState") == "failed"
+    assert arena.toolkit.host.run(["pgrep", "-f", "helper stop"], check=False).stdout == ""
+
+
+def test_signals_to_everything(arena: Arena) -> None:
+    """What the VM's user may kill is the hypervisor; the set-up is root's, and is undone."""
+    before = arena.toolkit.footprint()
+    arena.make(
+        taps=(Tap(name=f"{arena.vm}a", mac="02:00:00:00:00:01"),), shares=data(socket="vm.sock")
+    )
+    shooter = arena.toolkit.host.spawn(["python3", "-c", _SHOOT], user=EVE)
+    try:
+        assert shooter.stdout is not None and shooter.stdout.readline() == "go\n"
+        for _ in range(4):
+            arena.toolkit.sh(f"systemctl start microvm@{arena.vm}", check=False)
+            units = f"microvm-set-booted@{arena.vm} microvm-tap-interfaces@{arena.vm}"
+            failed = arena.toolkit.sh(f"systemctl is-failed {units}", check=False).split()
+            assert "failed" not in failed
+            arena.toolkit.sh(f"systemctl stop microvm@{arena.vm}; systemctl reset-failed")
+    finally:
+        shooter.kill()
+        shooter.communicate()
+    arena.toolkit.await_footprint(before)
+
+
+_SHOOT = """
+import os, signal
+print("go", flush=True)
+me = os.getpid()
+while True:
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and int(entry) not in (me, os.getppid(), 1):
+            try:
+                os.kill(int(entry), signal.SIGKILL)
+            except OSError:
+                pass
+"""
+
+
+def test_speaking_in_the_name_of_another_vm(arena: Arena) -> None:
+    arena.make()
+    assert not arena.start()
+    code = (
+        "import socket; s = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM); "
+        "s.sendto(b'MESSAGE=I am root\\nPRIORITY=3\\nSYSLOG_IDENTIFIER=microvm-host\\n"
+        f"OBJECT_SYSTEMD_UNIT=microvm@{arena.vm}.service\\nUNIT=microvm@{arena.vm}.service\\n"
+        f"_SYSTEMD_UNIT=microvm@{arena.vm}.service\\nMICROVM_NAME={arena.vm}\\n', "
+        "'/run/systemd/journal/socket')"
+    )
+    arena.eve(f'python3 -c "{code}"')
+    arena.toolkit.sh("journalctl --sync")
+    assert "I am root" in arena.toolkit.sh("journalctl --no-pager -o cat -n 200")
+    for argv in (["microvm", "logs", arena.vm], ["journalctl", "-u", f"microvm@{arena.vm}"]):
+        assert "I am root" not in arena.toolkit.host.run([*argv, "--no-pager"]).stdout
+
+
+# ---- what takes state directories over, or away
+
+
+def test_handing_over_what_is_somebody_elses(arena: Arena) -> None:
+    """Links to what root and other VMs have, laid out for `microvm adopt`, and moved under it."""
+    victim = "/var/lib/microvms/victims.img"
+    arena.toolkit.sh(f"echo disk >{victim}; chown {EVE}:{EVE} {victim}; chmod 600 {victim}")
+    arena.make()
+    arena.eve(
+        f"ln -s {PROTECTED} a; ln {PROTECTED} b; ln {victim} c; ln -s /etc/protected.d d; "
+        "mkdir e; echo mine >disk.img; mkfifo f"
+    )
+    before = arena.toolkit.sh(f"stat -c '%u %a' {PROTECTED} {victim}")
+    swap = (
+        f"rm -rf x y; echo mine >x; ln -f {PROTECTED} x; rm -f x; ln -s {PROTECTED} x; "
+        f"mkdir y; echo mine >y/z; mv y y2; ln -s /etc y; ln {victim} y2/v; rm -rf y y2"
+    )
+    with arena.keeps(swap):
+        for user in ("auto", "microvm") * 2:
+            done = arena.toolkit.host.run(
+                ["microvm", "adopt", arena.vm, "--user", user, "--from", EVE], check=False
+            )
+            assert "Traceback" not in done.stderr
+            assert arena.toolkit.sh(f"stat -c '%u %a' {PROTECTED} {victim}") == before
+    own = arena.toolkit.sh(f"stat -c %U {arena.state}/disk.img").strip()
+    assert own == f"microvm-{arena.vm}"
+    arena.toolkit.sh(f"rm {victim}")
+
+
+def test_removing_what_is_somebody_elses(arena: Arena) -> None:
+    arena.toolkit.sh("mkdir -p /srv/precious && echo x >/srv/precious/file")
+    arena.make()
+    arena.eve("mkdir -p a/b; ln -s /srv/precious link; echo x >a/b/c")
+    with arena.keeps("mv a/b a/d; ln -s /srv/precious a/b; rm -f a/b; mv a/d a/b; mkdir -p a/b"):
+        arena.toolkit.host.run(["microvm", "remove", "--yes", arena.vm], check=False)
+    assert arena.toolkit.host.read("/srv/precious/file") == "x\n"
+    arena.toolkit.sh(f"rm -rf {arena.state} /srv/precious")
+
+
+# ---- from inside of the unit
+
+PROBE = r"""
+import ctypes, os, socket
+libc = ctypes.CDLL(None, use_errno=True)
+def said(what, call):
+    try:
+        call()
+        print("PROBE", what, "done")
+    except OSError as error:
+        print("PROBE", what, error.errno)
+def libc_call(*arguments):
+    ctypes.set_errno(0)
+    if libc.syscall(*arguments) < 0:
+        raise OSError(ctypes.get_errno(), "")
+open("file", "w").close()
+print("PROBE umask", oct(os.stat("file").st_mode & 0o777))
+said("packet", lambda: socket.socket(17, socket.SOCK_RAW))
+said("alg", lambda: socket.socket(38, socket.SOCK_SEQPACKET))
+said("setuid-bit", lambda: os.chmod("file", 0o4755))
+said("personality", lambda: libc_call(135, 0x0400000))
+said("init_module", lambda: libc_call(175, 0, 0, 0))
+said("reboot", lambda: libc_call(169, 0, 0, 0, 0))
+said("sethostname", lambda: socket.sethostname("evil"))
+said("realtime", lambda: os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1)))
+status = dict(line.split(":\t", 1) for line in open("/proc/self/status") if ":\t" in line)
+print("PROBE rights", status["CapBnd"].strip(), status["NoNewPrivs"].strip(), flush=True)
+os.execvp("sleep", ["sleep", "infinity"])
+"""
+
+
+@pytest.mark.parametrize("how", ["service", "foreground"])
+def test_what_a_hypervisor_cannot_even_ask_for(arena: Arena, how: str) -> None:
+    package = Stub(name=arena.vm, run="exec python3 /opt/packages/probe.py", shutdown="terminate")
+    arena.toolkit.create(package)
+    arena.toolkit.host.write("/opt/packages/probe.py", PROBE)
+    process: subprocess.Popen[str] | None = None
+    if how == "service":
+        assert not arena.start()
+        lines = arena.toolkit.await_line(arena.vm, "PROBE rights")
+    else:
+        process = arena.toolkit.host.spawn(["microvm", "run", arena.vm])
+        assert process.stdout is not None
+        lines = []
+        while not lines or "PROBE rights" not in lines[-1]:
+            line = process.stdout.readline()
+            assert line, "\n".join(lines)
+            lines.append(line.rstrip())
+    probed = dict(line.split(" ", 2)[1:] for line in lines if line.startswith("PROBE "))
+    EPERM, EAFNOSUPPORT = "1", "97"
+    assert probed == {
+        "umask": "0o600",
+        "packet": EAFNOSUPPORT,
+        "alg": EAFNOSUPPORT,
+        "setuid-bit": EPERM,
+        "personality": EPERM,
+        "init_module": EPERM,
+        "reboot": EPERM,
+        "sethostname": EPERM,
+        "realtime": EPERM,
+        "rights": "0000000000000000 1",
+    }
+    arena.toolkit.host.run(["microvm", "stop", arena.vm])
+    if process is not None:
+        process.communicate(timeout=10)
+
+
+def test_virtiofsd_is_bounded(arena: Arena) -> None:
+    """The guest's requests end there, as root: what systemd thinks of it is bounded, too."""
+    arena.make(shares=data(socket="vm.sock"))
+    assert not arena.start()
+    unit = f"microvm-virtiofsd-{arena.vm}-data.service"
+    shown = arena.toolkit.sh(f"systemd-analyze security --no-pager --threshold=65 {unit} | tail -1")
+    assert "exposure level" in shown
+    assert arena.toolkit.property(unit, "DevicePolicy") == "closed"
+    assert arena.toolkit.property(unit, "RestrictAddressFamilies") == "AF_UNIX"
