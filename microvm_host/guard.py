@@ -23,17 +23,21 @@ BEGINS_WITHIN = 5.0  # seconds
 LOOK_EVERY = 1.0  # seconds
 
 
-def patience(environment: str, default: float) -> float:
-    """How many seconds a unit's guest has to shut down, by its Environment= as systemd shows it."""
-    found = default
+def patience(environment: str, defaults: Mapping[str, float]) -> float:
+    """How many seconds a stop may take, by the unit's Environment= as systemd shows it.
+
+    Args:
+        defaults: the variables of the times that a stop consists of, with what each is unset.
+    """
+    found = dict(defaults)
     for word in environment.split():
         key, _, value = word.strip("\"'").partition("=")
-        if key == "MICROVM_SHUTDOWN_SECONDS":
+        if key in found:
             try:
-                found = float(value)
+                found[key] = float(value)
             except ValueError:
-                found = default
-    return found
+                found[key] = defaults[key]
+    return sum(found.values())
 
 
 def watch(vm: str, within: float, look: Callable[[], Mapping[str, str]]) -> None:
@@ -80,6 +84,6 @@ def _wait(pid: int) -> None:
         poll.register(main, select.POLLIN)
         if poll.poll(LOOK_EVERY * 1000):
             # systemd hears of it when we do.
-            time.sleep(LOOK_EVERY / 50)
+            time.sleep(LOOK_EVERY / 200)
     finally:
         os.close(main)

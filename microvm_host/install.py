@@ -82,7 +82,7 @@ def declared(found: Declaration, host: HostPaths) -> Change:
     """Bring a declared VM up to date, its user included; raises as from_source."""
     if found.user is not None:
         users.ensure(found.name, found.user, host)
-    return from_source(found.name, found.source, host)
+    return from_source(found.name, found.source, host, is_declared=True)
 
 
 def from_source(name: str, source: Source, host: HostPaths, *, is_declared: bool = False) -> Change:

@@ -26,6 +26,8 @@ SET_UP = 3.9
 BOUNDS = {
     # Runs hypervisors of all kinds, wherever their packages and disks are.
     "microvm@.service.in": 4.9,
+    # Loads vfio-pci, opens disks to see who uses them, and sets interfaces up.
+    "microvm-pci-devices@.service.in": 4.5,
     # Runs nix, whose builds are in sandboxes of its own making, as root.
     "install-microvm@.service.in": 9.6,
 }

@@ -46,7 +46,7 @@ def states(*states: str, pid: int = 0) -> Callable[[], dict[str, str]]:
     ],
 )
 def test_patience(environment: str, seconds: float) -> None:
-    assert guard.patience(environment, 90) == seconds
+    assert guard.patience(environment, {"MICROVM_SHUTDOWN_SECONDS": 90}) == seconds
 
 
 @pytest.mark.parametrize(
