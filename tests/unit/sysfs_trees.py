@@ -13,17 +13,16 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from errno import EBUSY, EINVAL, EIO, ENODEV, ENOENT
+from errno import EBUSY, EINVAL, EIO, ENODEV, ENOENT, ETIMEDOUT
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from microvm_host import interfaces, pci, process
+from microvm_host import interfaces, pci, process, sysfs
 from microvm_host.errors import MicrovmHostError
 from microvm_host.paths import HostPaths
 
@@ -286,11 +285,19 @@ def is_vfio(driver: str | None) -> bool:
     return driver is not None and driver.replace("_", "-").endswith("vfio-pci")
 
 
+# Where the tree keeps the driver that does not come back from unbinding.
+HUNG = "hung_driver"
+
+
+class Hangs(BaseException):
+    """The writer or reader waits in the kernel: no way out of there, if it does so in person."""
+
+
 class Kernel:
     """Answers writes to the tree. A fake; what it cannot know stands in its attributes.
 
-    It keeps nothing to itself while it runs, since the toolkit writes from forked processes too:
-    all that changes is in the tree.
+    It keeps nothing to itself: all that changes is in the tree, where what forked processes write
+    is seen too.
     """
 
     def __init__(self, sysfs: Sysfs) -> None:
@@ -330,6 +337,8 @@ class Kernel:
             raise OSError(self.write_error[str(file)], os.strerror(self.write_error[str(file)]))
         if not file.exists():
             raise FileNotFoundError(ENOENT, os.strerror(ENOENT), path)
+        if file.name == "driver_override" and os.path.lexists(file.with_name(HUNG)):
+            raise Hangs
         if file.name == "driver_override":
             if len(text) >= 4095:
                 raise OSError(EINVAL, "Invalid argument")
@@ -347,7 +356,7 @@ class Kernel:
         if not self._is_there(address) or self.sysfs.driver_of(address) != driver:
             raise OSError(ENODEV, os.strerror(ENODEV))
         if driver in self.hangs:
-            self._hang(address, driver)
+            self._hang(address)
         if driver in self.unbind_error:
             raise OSError(self.unbind_error[driver], os.strerror(self.unbind_error[driver]))
         net = self.sysfs.pci(address) / "net"
@@ -356,22 +365,17 @@ class Kernel:
         shutil.rmtree(net, ignore_errors=True)
         self.sysfs.unbind(address)
 
-    def _hang(self, address: str, driver: str) -> None:
+    def _hang(self, address: str) -> None:
         """The driver is out of sysfs already, and the device is locked until it has let go."""
-        (self.sysfs.pci(address) / "driver").unlink()
-        override = self.sysfs.pci(address) / "driver_override"
-        override.rename(override.with_name("kept_override"))
-        # Opening it for reading waits for a writer.
-        os.mkfifo(override)
-        Path(f"{override.parent}/hung_driver").symlink_to(self.sysfs.host.pci_driver(driver))
-        time.sleep(60)
+        directory = self.sysfs.pci(address)
+        (directory / "driver").rename(directory / HUNG)
+        raise Hangs
 
     def let_go(self, *addresses: str) -> None:
         """End what hangs."""
         for address in addresses:
             directory = self.sysfs.pci(address)
-            (directory / "kept_override").rename(directory / "driver_override")
-            (directory / "hung_driver").rename(directory / "driver")
+            (directory / HUNG).rename(directory / "driver")
             driver = self.sysfs.driver_of(address)
             self.hangs.discard(driver or "")
             assert driver is not None
@@ -436,17 +440,13 @@ class Kernel:
 
     # ---- system calls
 
-    def install(self, patch: pytest.MonkeyPatch, *, forks: bool = False) -> None:
-        """Put it where the toolkit would reach the real one.
-
-        Args:
-            forks: whether what may hang is written from a process of its own, as in earnest.
-        """
+    def install(self, patch: pytest.MonkeyPatch) -> None:
+        """Put it where the toolkit would reach the real one."""
         patch.setattr(pci, "_put", self.put)
         for name in ("get_flags", "set_flags", "rename"):
             patch.setattr(pci, name, getattr(self, name))
-        if not forks:
-            patch.setattr(process, "call_apart", lambda call, patience, wait: call())
+        patch.setattr(pci, "attribute", self.attribute)
+        patch.setattr(process, "call_apart", self._call_apart)
         patch.setattr(process, "output", self._program)
         real_open, real_stat = os.open, os.stat
 
@@ -468,6 +468,23 @@ class Kernel:
         # Only root may in earnest.
         Path(path).lstat()
         self.chowned.append((path, uid, gid))
+
+    def attribute(self, directory: str, name: str) -> str | None:
+        """What stands for `sysfs.attribute` in `pci`."""
+        if name == "driver_override" and os.path.lexists(f"{directory}/{HUNG}"):
+            raise Hangs
+        return sysfs.attribute(directory, name)
+
+    @staticmethod
+    def _call_apart(
+        call: Callable[[], object], patience: float, wait: Callable[[float], object]
+    ) -> None:
+        """What stands for `process.call_apart`, in this process and without waiting."""
+        try:
+            call()
+        except Hangs:
+            wait(patience)
+            raise OSError(ETIMEDOUT, os.strerror(ETIMEDOUT)) from None
 
     def _program(self, argv: list[str]) -> str:
         program, module = argv
