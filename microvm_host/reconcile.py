@@ -408,7 +408,9 @@ def _records(host: HostPaths) -> dict[str, list[StaleRecord]]:
             continue
         order = [*(file for file in UNDO if file in files), *(f for f in files if f not in UNDO)]
         found[vm] = [
-            StaleRecord(vm, f"{directory}/{file}", _things(f"{directory}/{file}"), file not in UNDO)
+            StaleRecord(vm, f"{directory}/{file}", _things(f"{directory}/{file}"))
+            if file in UNDO
+            else StaleRecord(vm, f"{directory}/{file}", (), is_kept=True)
             for file in order
         ]
         if not files:

@@ -10,6 +10,7 @@ belongs to root, as does its directory: what it says is believed.
 from __future__ import annotations
 
 import os
+import stat
 
 from .errors import MicrovmHostError
 
@@ -66,6 +67,8 @@ class Record:
             # Not waiting, which opening a FIFO would, and following no link: we make neither.
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             with open(os.open(self.path, flags), encoding="utf-8", newline="\n") as source:
+                if not stat.S_ISREG(os.fstat(source.fileno()).st_mode):
+                    raise MicrovmHostError("the record is no regular file", path=self.path)
                 # A line without its end was being written when its writer was killed: the step
                 # that it announces was not taken.
                 return [line[:-1].split("\t") for line in source if line.endswith("\n")]

@@ -130,16 +130,14 @@ def test_what_is_no_file_is_not_read(record: Record, tmp_path: Path, kind: str) 
     if kind == "fifo":
         # Without a writer, for which opening it would wait.
         os.mkfifo(record.path)
-        assert record.read() == []
-        return
-    if kind == "link":
+    elif kind == "link":
         (tmp_path / "elsewhere").write_text("tap\tvm0\t7\n")
         os.symlink(tmp_path / "elsewhere", record.path)
     else:
         os.mkdir(record.path)
         with pytest.raises(MicrovmHostError, match="cannot be removed"):
             record.clear()
-    with pytest.raises(MicrovmHostError, match="cannot be read"):
+    with pytest.raises(MicrovmHostError, match=r"cannot be read|is no regular file"):
         record.read()
 
 
