@@ -65,7 +65,12 @@ def watch(vm: str, within: float, look: Callable[[], Mapping[str, str]]) -> None
                     vm=vm,
                 )
                 process.output(["systemctl", "kill", "--signal=KILL", "--", unit])
-        elif is_stopping or not found.get("Job") or elapsed > BEGINS_WITHIN:
+        elif (
+            is_stopping
+            or found["ActiveState"] in ("inactive", "failed")
+            or not found.get("Job")
+            or elapsed > BEGINS_WITHIN
+        ):
             # It has stopped, or is about to start again, or ended by itself.
             return
         _wait(int(found["MainPID"]))

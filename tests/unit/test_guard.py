@@ -57,6 +57,9 @@ def test_patience(environment: str, seconds: float) -> None:
         # It was restarted, or ended by itself and waits to be started again.
         ("deactivating", "activating"),
         ("deactivating", "active"),
+        # It had ended, and a start that waits for the guard is all that is left.
+        ("inactive",),
+        ("failed",),
         # The hypervisor pretended to reload, or was about to start.
         ("reloading", "deactivating", "inactive"),
         ("activating", "deactivating", "inactive"),
