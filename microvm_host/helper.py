@@ -85,10 +85,6 @@ def unset_booted(name: str, host: HostPaths) -> None:
                 os.unlink(f"{host.vm(name)}/{path}")
             except OSError:
                 pass
-    try:
-        os.unlink(host.booted(name))
-    except FileNotFoundError:
-        pass
     ends = Record(host.record(name, "ends"))
     if os.path.exists(ends.path):
         from . import aftermath
@@ -96,6 +92,11 @@ def unset_booted(name: str, host: HostPaths) -> None:
         aftermath.forget_unless_it_goes_on(name, ends)
     Record(host.record(name, "lost-shares")).clear()
     _booted_record(name, host).clear()
+    # Last: what the VM's user has put in its place is not to keep the records.
+    try:
+        os.unlink(host.booted(name))
+    except FileNotFoundError:
+        pass
 
 
 def taps_up(name: str, host: HostPaths) -> None:
@@ -489,6 +490,9 @@ def main(argv: list[str]) -> int:
         # Not for the VM's unit: there is no such VM.
         log.error(str(error))
         return EXIT_USAGE
+    if os.geteuid() == 0:
+        # Records are to be read by the VM's user too, whatever UMask= is for the files of that.
+        os.umask(0o022)
     try:
         if verb in SHARE_VERBS:
             SHARE_VERBS[verb](name, tag, host)

@@ -93,6 +93,8 @@ UNDO: dict[str, Callable[[Record, str, HostPaths], list[str]]] = {
     "tap-interfaces": _undo_taps,
     pci.WHAT: _undo_pci,
     "booted": _forget,
+    "ends": _forget,
+    "lost-shares": _forget,
 }
 
 # What the lines of records stand for, by their verb. Others tell nothing that has to be undone.
