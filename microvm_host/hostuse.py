@@ -27,8 +27,9 @@ _RTF_UP, _RTF_REJECT = 0x1, 0x200  # linux/route.h
 def reasons(device: Device, host: HostPaths) -> list[str]:
     """Why the host needs a device, a line each; none if it can do without."""
     found = [*_disks(device, host), *_interfaces(device, host), *_displays(device)]
-    functions = attribute(device.directory, "sriov_numvfs")
-    if functions not in (None, "0"):
+    # Not by sriov_numvfs, for which some kernels wait until a driver has let go of the device.
+    functions = sum(entry.startswith("virtfn") for entry in entries(device.directory))
+    if functions:
         found.append(f"its {functions} virtual functions would vanish")
     return found
 

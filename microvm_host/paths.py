@@ -87,6 +87,11 @@ class HostPaths:
         return f"{self.records}/{name}/{what}"
 
     @property
+    def pci_lock(self) -> str:
+        """Held by whoever takes PCI devices or gives them back."""
+        return self.at("/run/microvm-host-pci.lock")
+
+    @property
     def reconcile_lock(self) -> str:
         """Held by `microvm reconcile` while it undoes something."""
         return self.at("/run/microvm-host.lock")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import time
 from errno import EBUSY, ETIMEDOUT
-from fcntl import LOCK_EX, flock
+from fcntl import LOCK_EX, LOCK_UN, flock
 
 from . import hostuse, log, names, nodes, pcibus, process
 from .errors import MicrovmHostError, NameInvalid
@@ -58,15 +58,17 @@ class Exclusive:
     """
 
     def __init__(self, host: HostPaths) -> None:
-        self._directory = host.records
+        self._path = host.pci_lock
 
     def __enter__(self) -> None:
-        os.makedirs(self._directory, mode=0o755, exist_ok=True)
-        # The directory itself, so that no lock file is left.
-        self._lock = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        # Root's alone: whoever can open a file can lock it.
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._lock = os.open(self._path, flags, 0o600)
         flock(self._lock, LOCK_EX)
 
     def __exit__(self, *_: object) -> None:
+        # Closing it is not enough: a process of call_apart that is stuck in the kernel has it, too.
+        flock(self._lock, LOCK_UN)
         os.close(self._lock)
 
 
@@ -310,6 +312,9 @@ class Take:
     def apply(self, record: Record) -> None:
         device, host = self.device, self.host
         link = host.pci_device(device.address)
+        if device.driver is None:
+            # Or one that has not let go yet, of a start before this one.
+            _await_settled(device.address, host)
         up = [name for name in hostuse.interfaces(device, host) if get_flags(name) & IFF_UP]
         down = [name for name in hostuse.interfaces(device, host) if name not in up]
         # What could not be undone once is still written down as it was before.
@@ -510,7 +515,7 @@ def _await_settled(address: str, host: HostPaths) -> None:
         )
     except OSError as error:
         raise MicrovmHostError(
-            f"{address} is not given back: its driver has still not let go of it",
+            f"the driver that {address} had has still not let go of it",
             path=link,
             hint=_ASK_THE_KERNEL,
         ) from error

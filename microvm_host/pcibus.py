@@ -27,14 +27,13 @@ _HARMLESS = (VFIO_PCI, "pci-stub")
 class Device:
     """One function of a PCI device.
 
-    `directory` is its own in sysfs, below which its disks and interfaces are found; `override` is
-    the driver that somebody chose for it, whatever its IDs; `group` is its IOMMU group.
+    `directory` is its own in sysfs, below which its disks and interfaces are found; `group` is its
+    IOMMU group.
     """
 
     address: str
     directory: str
     driver: str | None = None
-    override: str | None = None
     group: str | None = None
     is_bridge: bool = False
     # 0xCCSSPP: class, sub-class and programming interface.
@@ -58,6 +57,17 @@ class Device:
         )
 
     @property
+    def override(self) -> str | None:
+        """The driver that somebody chose for it, whatever its IDs.
+
+        Read when asked for: the kernel lets nobody read it while a driver lets go of the device,
+        which may take for ever, and whoever merely looks at devices is not to wait for that.
+        """
+        text = attribute(self.directory, "driver_override")
+        # The kernel's way to write that there is none.
+        return None if text in ("(null)", "") else text
+
+    @property
     def vfio_names(self) -> list[str]:
         """What VFIO calls the device: `vfio0`, or nothing if it has not got it."""
         return entries(f"{self.directory}/vfio-dev")
@@ -77,13 +87,10 @@ def device(address: str, host: HostPaths) -> Device | None:
     link = host.pci_device(address)
     if not os.path.exists(link):
         return None
-    override = attribute(link, "driver_override")
     return Device(
         address=address,
         directory=os.path.realpath(link),
         driver=linked(link, "driver"),
-        # The kernel's way to write that there is none.
-        override=None if override in ("(null)", "") else override,
         group=linked(link, "iommu_group"),
         is_bridge=_is_bridge(link),
         class_code=_number(link, "class"),

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from microvm_host import interfaces, pci, process, sysfs
+from microvm_host import hostuse, interfaces, pci, pcibus, process, sysfs
 from microvm_host.errors import MicrovmHostError
 from microvm_host.paths import HostPaths
 
@@ -46,6 +46,7 @@ class Sysfs:
         (root / "sys/kernel/iommu_groups").mkdir(parents=True)
         (root / "sys/bus/pci/drivers_probe").write_text("")
         (root / "dev/vfio").mkdir(parents=True)
+        (root / "run").mkdir(exist_ok=True)
         self.put("proc/cmdline", "root=/dev/sda2 quiet\n")
         self.put("proc/self/mountinfo", "22 1 0:20 / /proc rw - proc proc rw\n")
         self.put("proc/swaps", "Filename\t\t\t\tType\t\tSize\t\tUsed\t\tPriority\n")
@@ -445,7 +446,8 @@ class Kernel:
         patch.setattr(pci, "_put", self.put)
         for name in ("get_flags", "set_flags", "rename"):
             patch.setattr(pci, name, getattr(self, name))
-        patch.setattr(pci, "attribute", self.attribute)
+        for module in (hostuse, pci, pcibus):
+            patch.setattr(module, "attribute", self.attribute)
         patch.setattr(process, "call_apart", self._call_apart)
         patch.setattr(process, "output", self._program)
         real_open, real_stat = os.open, os.stat
@@ -470,8 +472,8 @@ class Kernel:
         self.chowned.append((path, uid, gid))
 
     def attribute(self, directory: str, name: str) -> str | None:
-        """What stands for `sysfs.attribute` in `pci`."""
-        if name == "driver_override" and os.path.lexists(f"{directory}/{HUNG}"):
+        """What stands for `sysfs.attribute`: some wait for the device's lock."""
+        if name in ("driver_override", "sriov_numvfs") and os.path.lexists(f"{directory}/{HUNG}"):
             raise Hangs
         return sysfs.attribute(directory, name)
 

@@ -331,17 +331,20 @@ def test_connectors(sysfs: Sysfs, class_code: int, enabled: str, expected: list[
 
 
 @pytest.mark.parametrize(
-    ("number", "expected"), [("0\n", []), ("4\n", ["its 4 virtual functions would vanish"])]
+    ("number", "expected"), [(0, []), (4, ["its 4 virtual functions would vanish"])]
 )
-def test_virtual_functions(sysfs: Sysfs, number: str, expected: list[str]) -> None:
+def test_virtual_functions(sysfs: Sysfs, number: int, expected: list[str]) -> None:
     card = sysfs.device(CARD, "igb", 7)
-    (card / "sriov_numvfs").write_text(number)
+    (card / "sriov_totalvfs").write_text("7\n")
+    for each in range(number):
+        (card / f"virtfn{each}").symlink_to(f"../0000:03:10.{each}")
     assert reasons(sysfs) == expected
 
 
 def test_several_reasons(sysfs: Sysfs) -> None:
     card = sysfs.device(CARD, "igb", 7)
-    (card / "sriov_numvfs").write_text("2\n")
+    for each in range(2):
+        (card / f"virtfn{each}").symlink_to(f"../0000:03:10.{each}")
     sysfs.interface("eth0", card)
     sysfs.ipv4_route("eth0")
     sysfs.disk("sda", (8, 0), card / "block")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -191,7 +192,8 @@ def test_what_the_host_lives_on(sysfs: Sysfs) -> None:
     card = sysfs.device(CARD, "igb", 7)
     sysfs.interface("eth0", card)
     sysfs.ipv4_route("eth0")
-    (card / "sriov_numvfs").write_text("2\n")
+    for number in range(2):
+        (card / f"virtfn{number}").symlink_to(f"../0000:03:10.{number}")
     refused = [
         "0000:03:00.0 is not given away, since this host lives on it: its interface eth0 has the "
         "default route; its 2 virtual functions would vanish; "
@@ -306,26 +308,47 @@ def test_exclusive(sysfs: Sysfs) -> None:
     with holder:
         assert holder.stdout is not None and holder.stdin is not None
         assert holder.stdout.readline() == b"locked\n"
-        directory = os.open(sysfs.host.records, os.O_RDONLY)
+        lock = os.open(sysfs.host.pci_lock, os.O_RDONLY)
         try:
             with pytest.raises(BlockingIOError):
-                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             holder.stdin.close()
             assert holder.wait() == 0
             # Free again, and again after each use.
             for _ in range(2):
                 with pci.Exclusive(sysfs.host), pytest.raises(BlockingIOError):
-                    fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         finally:
-            os.close(directory)
-    assert os.listdir(sysfs.host.records) == []
+            os.close(lock)
+    # Anybody can lock what he can open.
+    assert os.stat(sysfs.host.pci_lock).st_mode & 0o077 == 0
 
 
 def test_lock_is_freed_by_an_error(sysfs: Sysfs) -> None:
     with pytest.raises(ZeroDivisionError), pci.Exclusive(sysfs.host):
         raise ZeroDivisionError
     with pci.Exclusive(sysfs.host):
-        assert os.path.isdir(sysfs.host.records)
+        assert os.path.isfile(sysfs.host.pci_lock)
+
+
+def test_lock_is_freed_though_a_process_hangs(
+    sysfs: Sysfs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One driver that does not let go is not to keep every other VM from its devices."""
+    children = []
+    # What waits in the kernel does not notice that it is killed.
+    monkeypatch.setattr(os, "kill", lambda pid, signal: children.append(pid))
+    with pytest.raises(TimeoutError), pci.Exclusive(sysfs.host):
+        CALL_APART(lambda: time.sleep(60), 0.05, lambda seconds: None)
+    monkeypatch.undo()
+    lock = os.open(sysfs.host.pci_lock, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(lock)
+        [child] = children
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 # ---- planning and taking
@@ -526,14 +549,51 @@ def test_driver_that_hangs(
         "30 s: Connection timed out; `journalctl -k` may have the kernel's reason"
     )
     assert capsys.readouterr().err.replace(str(sysfs.root), "") == (
-        "/sys/bus/pci/devices/10000:e1:00.0: 10000:e1:00.0 is not given back: its driver has still "
-        "not let go of it; `journalctl -k` may have the kernel's reason\n"
+        "/sys/bus/pci/devices/10000:e1:00.0: the driver that 10000:e1:00.0 had has still not "
+        "let go of it; `journalctl -k` may have the kernel's reason\n"
     )
     assert [sysfs.driver_of(address) for address in (CARD, SECOND, VMD)] == ["e1000e", None, None]
     kernel.let_go(VMD)
     assert given_back(sysfs, record_of("web", sysfs.host)) == []
     assert sysfs.picture() == before
     assert nothing_is_recorded(sysfs.host)
+
+
+def test_start_while_a_driver_hangs_still(sysfs: Sysfs, kernel: Kernel) -> None:
+    """Nothing but `driver_override` waits for the driver, and that is read apart first."""
+    rich(sysfs, kernel)
+    before = sysfs.picture()
+    kernel.hangs.add("nvme")
+    with pytest.raises(MicrovmHostError):
+        take(sysfs, VMD)
+    assert problems(sysfs, VMD) == []
+    assert len(pci.plan("web", [VMD], ALICE, sysfs.host)) == 2
+    with pytest.raises(MicrovmHostError) as caught:
+        take(sysfs, VMD)
+    assert str(caught.value).replace(str(sysfs.root), "") == (
+        "/sys/bus/pci/devices/10000:e1:00.0: the driver that 10000:e1:00.0 had has still not let "
+        "go of it; `journalctl -k` may have the kernel's reason"
+    )
+    # What it was before is not forgotten over this.
+    kernel.let_go(VMD)
+    take(sysfs, VMD)
+    assert sysfs.driver_of(VMD) == "vfio-pci"
+    assert given_back(sysfs, record_of("web", sysfs.host)) == []
+    assert sysfs.picture() == before
+
+
+def test_mate_whose_driver_hangs_still(sysfs: Sysfs, kernel: Kernel) -> None:
+    sysfs.driver("vfio-pci")
+    sysfs.device(CARD, "nvidia", 7)
+    sysfs.device(SECOND, None, 7)
+    kernel.adopt()
+    kernel.hangs.add("nvidia")
+    with pytest.raises(MicrovmHostError):
+        take(sysfs, CARD, vm="db")
+    assert problems(sysfs, SECOND) == [
+        "IOMMU group 7 cannot be taken: 0000:03:00.0 in it is in use by microVM db; stop that one "
+        "first: systemctl stop microvm@db.service"
+    ]
 
 
 def test_taken_and_given_back_in_earnest(sysfs: Sysfs, kernel: Kernel) -> None:

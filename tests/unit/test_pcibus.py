@@ -25,13 +25,13 @@ def test_device(sysfs: Sysfs) -> None:
         address="0000:03:00.0",
         directory=str(directory),
         driver="e1000e",
-        override=None,
         group="7",
         is_bridge=False,
         class_code=0x020000,
         vendor_id=0x8086,
         device_id=0x15B8,
     )
+    assert found.override is None
     assert found.reset_methods == "flr bus"
     assert found.vfio_names == []
     assert not found.is_for_vms
