@@ -103,11 +103,9 @@ def problems(vm: str, addresses: Iterable[str], host: HostPaths) -> list[Microvm
             )
         mine.add(device.address)
         found += _problems_of(device, vm, host)
-    told = set[str]()
     for group in _groups(devices):
         for mate in pcibus.group_mates(group, host):
-            if mate.address not in mine | told:
-                told.add(mate.address)
+            if mate.address not in mine:
                 found += _problems_of_mate(mate, group, vm, host)
     return found
 

@@ -72,6 +72,8 @@ def call_apart(
     if not child:
         code = ECHILD
         try:
+            # It may outlive us, and is to hold no lock of ours.
+            os.closerange(3, 1 << 16)
             call()
             code = 0
         except OSError as error:

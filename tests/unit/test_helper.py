@@ -461,7 +461,10 @@ def test_device_that_is_taken_again_meanwhile(
 
     units.after[1] = hand_on
     assert run("pci-devices-up", "web") == 1
-    assert "is in use by microVM third" in capsys.readouterr().err
+    assert capsys.readouterr().err == (
+        f"{CARD} is in use by microVM third; stop that one first: systemctl stop "
+        "microvm@third.service\n"
+    )
 
 
 def test_device_that_is_not_given_back_in_time(

@@ -325,10 +325,12 @@ def test_exclusive(sysfs: Sysfs) -> None:
 
 
 def test_lock_is_freed_by_an_error(sysfs: Sysfs) -> None:
+    open_before = os.listdir("/proc/self/fd")
     with pytest.raises(ZeroDivisionError), pci.Exclusive(sysfs.host):
         raise ZeroDivisionError
     with pci.Exclusive(sysfs.host):
         assert os.path.isfile(sysfs.host.pci_lock)
+    assert os.listdir("/proc/self/fd") == open_before
 
 
 def test_lock_is_freed_though_a_process_hangs(
