@@ -248,7 +248,7 @@ def test_one_that_keeps_dying_is_given_up_and_an_administrator_never_waits(
     # Before the first start anew it waits 1 s, before the second 2.
     assert time.monotonic() - began > 2.5
     lines = toolkit.journal(vm)
-    assert lines.count(f"STUB {vm}: started as microvm:kvm in /var/lib/microvms/{vm}") == 3
+    assert lines.count(f"STUB {vm}: started as microvm:microvm in /var/lib/microvms/{vm}") == 3
     assert any("started again 2 times in a row, it is given up" in line for line in lines)
     assert "it is given up" in toolkit.property(f"microvm@{vm}", "StatusText")
     toolkit.await_footprint(before | {f"unit microvm@{vm}.service failed"})

@@ -182,7 +182,7 @@ def test_udev_gives_the_macvtaps_node_to_the_vm(machine: Toolkit) -> None:
     machine.systemctl("start", "microvm@its", timeout=120)
     index = machine.host.read("/sys/class/net/its0/ifindex").strip()
     node, device = f"/dev/tap{index}", f"/sys/class/macvtap/tap{index}"
-    assert owners(machine, node) == ["microvm:kvm 600"]
+    assert owners(machine, node) == ["microvm:microvm 600"]
     check_that_udev_keeps(machine, device, node)
     uid = machine.sh("id -u microvm").strip()
     told = machine.sh(f"udevadm test {device} 2>&1")
