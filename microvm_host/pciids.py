@@ -3,12 +3,37 @@
 
 from __future__ import annotations
 
+import re
+
 from .frozen import frozen
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .paths import HostPaths
     from .pcibus import Device
+
+# What does not belong to the section above it; comments may stand anywhere.
+_NEXT_SECTION = re.compile(r"\n(?![\t#])")
+# A word for each class, where the list is missing (PCI Code and ID Assignment, 1).
+_KINDS = {
+    0x01: "storage",
+    0x02: "network",
+    0x03: "display",
+    0x04: "multimedia",
+    0x05: "memory",
+    0x06: "bridge",
+    0x07: "communication",
+    0x08: "system peripheral",
+    0x09: "input",
+    0x0B: "processor",
+    0x0C: "serial bus",
+    0x0D: "wireless",
+    0x0F: "satellite",
+    0x10: "encryption",
+    0x11: "signal processing",
+    0x12: "accelerator",
+    0xFF: "other",
+}
 
 
 @frozen
@@ -25,6 +50,7 @@ class Names:
 
     def __init__(self, host: HostPaths) -> None:
         self._text = ""
+        self._sections: dict[str, tuple[str, str]] = {}
         for path in host.pci_ids_places():
             try:
                 with open(path, encoding="utf-8", errors="replace") as source:
@@ -46,22 +72,27 @@ class Names:
         return Name(
             vendor=vendor,
             device=_entry(devices, f"{device.device_id:04x}"),
-            kind=_entry(kinds, code[2:4]) or kind,
+            kind=_entry(kinds, code[2:4]) or kind or _KINDS.get(device.class_code >> 16, ""),
         )
 
     def _section(self, key: str) -> tuple[str, str]:
         """The name of a vendor or class, and the lines below it."""
+        found = self._sections.get(key)
+        if found is None:
+            # Once each: the last ones are a millisecond away.
+            found = self._sections[key] = self._find_section(key)
+        return found
+
+    def _find_section(self, key: str) -> tuple[str, str]:
         begin = self._text.find(f"\n{key}  ")
         if begin < 0:
             return "", ""
         end = self._text.find("\n", begin + 1)
+        if end < 0:
+            end = len(self._text)
+        after = _NEXT_SECTION.search(self._text, end)
         name = self._text[begin + len(key) + 3 : end]
-        after = end
-        while self._text.startswith(("\n\t", "\n#"), after):
-            after = self._text.find("\n", after + 1)
-            if after < 0:
-                after = len(self._text)
-        return name, self._text[end:after]
+        return name.strip(), self._text[end : after.start() if after else len(self._text)]
 
 
 def _entry(lines: str, key: str) -> str:

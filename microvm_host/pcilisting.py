@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from . import hostuse, names, pci, pcibus, runner
+from . import hostuse, names, pci, pcibus, process, runner, systemd
 from .errors import MicrovmHostError, NameInvalid
 from .frozen import frozen
 from .pciids import Name, Names
-from .record import holders
+from .record import Record
 from .sysfs import entries
 
 TYPE_CHECKING = False
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .identity import Identity
     from .paths import HostPaths
     from .pcibus import Device
+
+OVERRIDE_KNOWN_WITHIN = 1.0  # seconds
 
 
 @frozen
@@ -33,21 +35,31 @@ class Row:
     wanted_by: tuple[str, ...] = ()
 
 
-def rows(host: HostPaths) -> list[Row]:
+def rows(host: HostPaths, known: Names) -> list[Row]:
     """All devices of the host, by address."""
-    found = pcibus.devices(host)
-    known = Names(host)
+    held = {address: vm for vm in entries(host.records) for address in _has(vm, host)}
     wanted = _wanted(host)
     return [
         Row(
             device,
             known.of(device),
-            tuple(hostuse.reasons(device, host)),
-            next(iter(holders(host.records, pci.WHAT, ("device", device.address))), None),
+            # What is behind a bridge is not its own, and no VM can have one.
+            () if device.is_bridge else tuple(hostuse.reasons(device, host)),
+            held.get(device.address),
             tuple(vm for vm, addresses in wanted.items() if device.address in addresses),
         )
-        for device in found
+        for device in pcibus.devices(host)
     ]
+
+
+def _has(vm: str, host: HostPaths) -> tuple[str, ...]:
+    """The devices that a VM has, as its record says."""
+    try:
+        lines = Record(host.record(vm, pci.WHAT)).read()
+    except MicrovmHostError:
+        # Whoever undoes it will tell; the other devices are shown meanwhile.
+        return ()
+    return tuple(line[1] for line in lines if line[0] == "device" and len(line) > 1)
 
 
 def _wanted(host: HostPaths) -> dict[str, set[str]]:
@@ -77,7 +89,7 @@ def as_json(row: Row) -> dict[str, Any]:
         "kind": row.name.kind or None,
         "is_bridge": device.is_bridge,
         "driver": device.driver,
-        "driver_override": device.override,
+        "driver_override": _override(device),
         "reset_methods": device.reset_methods.split(),
         "host_uses": list(row.host_uses),
         "holder": row.holder,
@@ -85,17 +97,39 @@ def as_json(row: Row) -> dict[str, Any]:
     }
 
 
+def _override(device: Device) -> str | None:
+    """The driver that somebody chose for a device; None too if the kernel does not say it now."""
+    if device.driver is None:
+        # Or one that does not let go of it, for which the kernel has everybody wait.
+        try:
+            process.call_apart(lambda: device.override, OVERRIDE_KNOWN_WITHIN, lambda seconds: None)
+        except OSError:
+            return None
+    return device.override
+
+
+def in_short(pattern: str, host: HostPaths) -> str:
+    """An address or glob of a package, with the group and the driver of its device."""
+    found = [pcibus.device(address, host) for address in pcibus.find(pattern, host)]
+    if len(found) != 1 or (device := found[0]) is None:
+        return f"{pattern} ({f'{len(found)} devices' if found else 'not there'})"
+    group = f"group {device.group}" if device.group else "no group"
+    return f"{device.address} ({group}, {device.driver or 'no driver'})"
+
+
 @frozen
 class Check:
     """What a start of a VM would do about its PCI devices, and what stands against it."""
 
     vm: str
-    # The devices that its package asks for, as it has them.
+    # The devices that its package asks for, in its own words.
     addresses: tuple[str, ...]
+    # Those that it has now: all of them if it runs, and otherwise what it could not give back.
+    has: tuple[str, ...] = ()
+    is_running: bool = False
+    # What a start would do; nothing while it runs, or if something stands against it.
     steps: tuple[str, ...] = ()
     problems: tuple[MicrovmHostError, ...] = ()
-    # It runs, and has them.
-    has_them: bool = False
 
 
 def check(vm: str, identity: Identity, host: HostPaths) -> Check:
@@ -106,10 +140,21 @@ def check(vm: str, identity: Identity, host: HostPaths) -> Check:
 
     Raises:
         PackageError, DeclarationError: one of these is wrong.
+        MicrovmHostError: systemd does not answer.
     """
     addresses = runner.load_pci_devices(host.current(vm))
-    if vm in holders(host.records, pci.WHAT, ("device",)):
-        return Check(vm, addresses, has_them=True)
+    has = _has(vm, host)
+    if has:
+        # Its own unit, not the VM's: in the foreground that is another.
+        unit = f"microvm-pci-devices@{vm}.service"
+        if systemd.states(unit).get(unit) in ("activating", "active"):
+            return Check(vm, addresses, has, is_running=True)
     problems = pci.problems(vm, addresses, host) if addresses else []
     steps = [] if problems else pci.plan(vm, addresses, identity, host)
-    return Check(vm, addresses, tuple(step.describe() for step in steps), tuple(problems))
+    return Check(
+        vm,
+        addresses,
+        has,
+        steps=tuple(step.describe() for step in steps),
+        problems=tuple(problems),
+    )

@@ -9,7 +9,18 @@ import sys
 
 import click
 
-from .. import __version__, install, listing, names, reconcile, runner, state, systemd, users
+from .. import (
+    __version__,
+    install,
+    listing,
+    names,
+    pcilisting,
+    reconcile,
+    runner,
+    state,
+    systemd,
+    users,
+)
 from .. import adopt as adoption
 from .. import apply as application
 from ..errors import EXIT_CONFIG, EXIT_FAILED, MicrovmHostError, PackageError, UsageError
@@ -257,7 +268,7 @@ def status(vm: str, as_json: bool) -> None:
         ("readiness", _readiness(readiness, row.active)),
         ("taps", ", ".join(tap.name for tap in package.taps)),
         ("macvtaps", ", ".join(f"{each.name} on {each.link}" for each in package.macvtaps)),
-        ("PCI", ", ".join(package.pci_devices)),
+        ("PCI", ", ".join(pcilisting.in_short(each, HOST) for each in package.pci_devices)),
         *(
             (
                 "share",

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..paths import HostPaths
     from ..source import Source
 
-_CODES = {"red": "31", "green": "32", "yellow": "33", "cyan": "36", "bold": "1"}
+_CODES = {"red": "31", "green": "32", "yellow": "33", "cyan": "36", "bold": "1", "faint": "2"}
 
 
 def paint(colours: str, text: str) -> str:

@@ -194,7 +194,7 @@ def test_status(
         "   vsock CID: 42",
         "        taps: vm0, vm1",
         "    macvtaps: m0 on eth0",
-        "         PCI: 0000:01:00.0",
+        "         PCI: 0000:01:00.0 (not there)",
         "       share: data → /srv/data (read-only)",
     ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from click.testing import CliRunner, Result
 
 from microvm_host import pci, pcilisting, systemd
 from microvm_host.cli import commands
+from microvm_host.cli import pci as cli_pci
 from microvm_host.identity import Identity
 from microvm_host.paths import HostPaths
 from microvm_host.pciids import Name, Names
@@ -45,6 +47,7 @@ def as_root(host: HostPaths, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     me = Identity("microvm", os.getuid(), "kvm", os.getgid())
     monkeypatch.setattr(systemd, "identity", lambda name: me)
+    monkeypatch.setattr(systemd, "states", lambda *units: {})
 
 
 def write(path: str, text: str) -> None:
@@ -110,7 +113,7 @@ def run(*arguments: str) -> Result:
 def test_names(host: HostPaths) -> None:
     names = Names(host)
     assert names.are_known
-    found = {row.device.address: row.name for row in pcilisting.rows(host)}
+    found = {row.device.address: row.name for row in pcilisting.rows(host, names)}
     assert found["0000:01:00.0"] == Name(
         "Intel Corporation", "82574L Gigabit Network Connection", "Ethernet controller"
     )
@@ -118,15 +121,39 @@ def test_names(host: HostPaths) -> None:
         "Red Hat, Inc.", "Virtio 1.0 block device", "Mass storage controller"
     )
     assert found["0000:02:00.0"] == Name(kind="Non-Volatile memory controller")
-    assert found["0000:00:03.0"] == Name()
+    # Neither its vendor nor its class is in this list.
+    assert found["0000:00:03.0"] == Name(kind="bridge")
+
+
+@pytest.mark.parametrize("text", [PCI_IDS.rstrip("\n"), f"{PCI_IDS}\n\n# the end", "8086  Intel"])
+def test_a_list_that_ends_anywhere(host: HostPaths, text: str) -> None:
+    write(host.pci_ids_places()[0], text)
+    device(host, "0000:01:00.0", "8086:10d3", "020000", "3")
+    (row,) = pcilisting.rows(host, Names(host))
+    assert row.name.vendor.startswith("Intel")
+    assert row.name.kind in ("Ethernet controller", "network")
 
 
 def test_no_names(host: HostPaths) -> None:
     device(host, "0000:01:00.0", "8086:10d3", "020000", "3", "e1000e")
     assert not Names(host).are_known
     result = run()
-    assert "install pci.ids or hwdata" in result.stderr
-    assert result.stdout.splitlines()[1].endswith("8086:10d3")
+    assert result.stderr.count("install the package pci.ids (Debian and its kin) or hwdata") == 1
+    assert result.stdout.splitlines()[1].endswith("  -        network 8086:10d3")
+
+
+@pytest.mark.usefixtures("devices")
+def test_a_list_that_knows_nothing_of_this_host_is_no_missing_list(host: HostPaths) -> None:
+    write(host.pci_ids_places()[0], "ffff  Nobody\n")
+    assert run().stderr == ""
+
+
+def test_a_host_without_pci(host: HostPaths) -> None:
+    result = run()
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert "this host has no PCI devices" in result.stderr
+    assert "pci.ids" not in result.stderr
+    assert json.loads(run("--json").stdout) == []
 
 
 @pytest.mark.usefixtures("devices")
@@ -139,17 +166,116 @@ def test_table(host: HostPaths, root: Path) -> None:
     assert result.exit_code == 0
     assert result.stderr == ""
     assert result.stdout == (
-        "ADDRESS       GROUP  DRIVER      RESET    USED BY      DEVICE\n"
-        "0000:00:02.0  1      virtio-pci  flr,bus  -            "
+        "ADDRESS       GROUP  DRIVER      RESET  USED BY      DEVICE\n"
+        "0000:00:02.0  1      virtio-pci  flr    -            "
         "Red Hat, Inc. Virtio 1.0 block device\n"
-        "0000:01:00.0  3      e1000e      flr,bus  web          "
+        "0000:01:00.0  3      e1000e      flr    web          "
         "Intel Corporation 82574L Gigabit Network Connection\n"
-        "0000:02:00.0  4      -           flr,bus  -            "
+        "0000:02:00.0  4      -           flr    -            "
         "Non-Volatile memory controller abcd:0001\n"
-        "0000:02:00.1  4      vfio-pci    flr,bus  for db, web  "
+        "0000:02:00.1  4      vfio-pci    flr    for db, web  "
         "Ethernet controller abcd:0002\n"
     )
     assert "0000:00:03.0  2      pcieport" in run("--all").stdout
+
+
+def test_a_group_stands_together_and_in_its_numbers_order(host: HostPaths) -> None:
+    for address, group in (
+        *(("0000:00:01.0", "10"), ("0000:00:02.0", "9"), ("0000:00:03.0", "10")),
+        ("0000:00:04.0", "9"),
+    ):
+        device(host, address, "8086:10d3", "020000", group)
+    write(f"{host.pci_device('0000:00:00.1')}/vendor", "0x8086\n")
+    lines = run().stdout.splitlines()[1:]
+    assert [line.split()[0][-4:] for line in lines] == ["02.0", "04.0", "01.0", "03.0", "00.1"]
+    # Programs get them by address.
+    found = [each["address"][-4:] for each in json.loads(run("--json").stdout)]
+    assert found == ["00.1", "01.0", "02.0", "03.0", "04.0"]
+
+
+@pytest.mark.usefixtures("devices")
+def test_many_vms_ask_for_what_the_host_lives_on(host: HostPaths, root: Path) -> None:
+    write(f"{host.pci_device('0000:02:00.0')}/virtfn0/vendor", "0xffff\n")
+    for name in ("a", "b", "c"):
+        vm(host, root, name, "0000:02:00.0")
+    assert "  host, for a, b, …  " in run().stdout
+    (found,) = (each for each in json.loads(run("--json").stdout) if each["wanted_by"])
+    assert found["wanted_by"] == ["a", "b", "c"]
+
+
+@pytest.mark.usefixtures("devices")
+def test_on_a_terminal_lines_are_cut_and_coloured(
+    host: HostPaths, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(f"{host.pci_device('0000:02:00.0')}/virtfn0/vendor", "0xffff\n")
+    Record(host.record("web", pci.WHAT)).append("device", "0000:01:00.0", "e1000e", "", "", "")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    cli_pci.show(host, bridges=True, as_json=False)
+    by_address = {}
+    for line in capsys.readouterr().out.splitlines():
+        parts = re.fullmatch(r"(?:\033\[([\d;]+)m)?(.*?)(?:\033\[0m)?", line)
+        assert parts
+        colour, plain = parts.groups()
+        if "lives on it" not in plain:
+            assert len(plain) <= 60
+            by_address[plain.split()[0]] = colour, plain
+    assert by_address["0000:01:00.0"][0] == "1;32"
+    assert by_address["0000:02:00.0"][0] == "31"
+    assert by_address["0000:00:03.0"][0] == "2"
+    assert by_address["0000:02:00.1"][0] is None
+    assert by_address["0000:01:00.0"][1].endswith("…")
+    # Nothing is cut for who reads it from a pipe.
+    assert "82574L Gigabit Network Connection\n" in run().stdout
+
+
+@pytest.mark.usefixtures("devices")
+def test_a_bridge_does_not_live_by_what_is_behind_it(host: HostPaths) -> None:
+    write(f"{host.pci_device('0000:00:03.0')}/virtfn0/vendor", "0xffff\n")
+    assert all(not each["host_uses"] for each in json.loads(run("--json").stdout))
+
+
+@pytest.mark.usefixtures("devices")
+def test_a_record_that_is_wrong_hides_no_devices(host: HostPaths) -> None:
+    Record(host.record("web", pci.WHAT)).append("device", "0000:01:00.0", "e1000e", "", "", "")
+    Path(host.record("db", "x")).parent.mkdir()
+    Path(host.record("db", pci.WHAT)).write_bytes(b"device\t\xff\n")
+    Record(host.record("cut", pci.WHAT)).append("device")
+    assert [each["holder"] for each in json.loads(run("--json").stdout)] == [
+        *(None, None, "web", None, None)
+    ]
+
+
+@pytest.mark.usefixtures("devices")
+def test_an_override_that_the_kernel_does_not_tell(
+    host: HostPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for address in ("0000:01:00.0", "0000:02:00.0"):
+        write(f"{host.pci_device(address)}/driver_override", "vfio-pci\n")
+
+    def overrides() -> dict[str, str | None]:
+        found = json.loads(run("--json").stdout)
+        return {each["address"]: each["driver_override"] for each in found}
+
+    assert overrides()["0000:01:00.0"] == overrides()["0000:02:00.0"] == "vfio-pci"
+    # As for a driver that never lets go of its device: opening a FIFO waits for ever too.
+    monkeypatch.setattr(pcilisting, "OVERRIDE_KNOWN_WITHIN", 0.05)
+    os.unlink(f"{host.pci_device('0000:02:00.0')}/driver_override")
+    os.mkfifo(f"{host.pci_device('0000:02:00.0')}/driver_override")
+    assert overrides()["0000:01:00.0"] == "vfio-pci"
+    assert overrides()["0000:02:00.0"] is None
+
+
+@pytest.mark.usefixtures("devices")
+def test_in_short(host: HostPaths) -> None:
+    assert pcilisting.in_short("01:00.0", host) == "01:00.0 (not there)"
+    assert pcilisting.in_short("0000:01:00.0", host) == "0000:01:00.0 (group 3, e1000e)"
+    assert pcilisting.in_short("*:02:00.0", host) == "0000:02:00.0 (group 4, no driver)"
+    assert pcilisting.in_short("0000:02:00.*", host) == "0000:02:00.* (2 devices)"
+    write(f"{host.pci_device('0000:05:00.0')}/vendor", "0x8086\n")
+    assert pcilisting.in_short("0000:05:00.0", host) == "0000:05:00.0 (no group, no driver)"
 
 
 @pytest.mark.usefixtures("devices")
@@ -238,13 +364,30 @@ def test_check_says_all_that_stands_against_it(host: HostPaths, root: Path) -> N
 
 @pytest.mark.usefixtures("devices")
 def test_check_of_a_vm_without_devices_and_of_one_that_has_them(
-    host: HostPaths, root: Path
+    host: HostPaths, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vm(host, root, "plain")
     assert run("check", "plain").stdout == "plain: its package asks for no PCI devices\n"
-    vm(host, root, "web", "01:00.0")
+    vm(host, root, "web", "02:00.0")
     Record(host.record("web", pci.WHAT)).append("device", "0000:01:00.0", "e1000e", "", "", "")
+    Record(host.record("web", pci.WHAT)).append("node", "3", "/dev/vfio/3", "0", "0", "600")
+    unit = "microvm-pci-devices@web.service"
+    monkeypatch.setattr(systemd, "states", lambda *units: dict.fromkeys(units, "active"))
+    # What it has, not what the package asks for that the next start runs.
     assert run("check", "web").stdout == "web: runs, and has 0000:01:00.0\n"
+    found = json.loads(run("check", "--json", "web").stdout)
+    assert (found["running"], found["has"], found["steps"]) == (True, ["0000:01:00.0"], [])
+
+    monkeypatch.setattr(systemd, "states", lambda *units: {unit: "failed"})
+    result = run("check", "web")
+    assert result.exit_code == 0
+    assert result.stderr == (
+        "microvm: web is down, and could not give back 0000:01:00.0; "
+        "`journalctl -u microvm@web.service` says why\n"
+    )
+    assert result.stdout.startswith("web: a start would\n  bind 0000:02:00.0 to vfio-pci\n")
+    found = json.loads(run("check", "--json", "web").stdout)
+    assert (found["running"], found["has"]) == (False, ["0000:01:00.0"])
 
 
 def test_check_of_what_is_not_there(host: HostPaths) -> None:
