@@ -15,6 +15,7 @@ import pytest
 
 from tests.guest.image import Image
 from tests.guest.package import Guest, Macvtap, Share, Stub, Tap
+from tests.host.container import kvm_works
 from tests.host.fixtures import require_virtual
 from tests.host.virtual import VirtualHost
 
@@ -311,6 +312,9 @@ def test_guests_say_that_they_are_ready_over_vsock(machine: Toolkit, tree: Share
         machine.remove(name)
 
 
+@pytest.mark.skipif(
+    not kvm_works(), reason="boots a whole Debian as a guest: too slow where its host is emulated"
+)
 def test_the_guests_own_systemd(machine: Toolkit, tree: Share) -> None:
     """systemd boots in the guest, says that it is ready, and takes an ssh by machined's address."""
     before = machine.footprint()
