@@ -133,7 +133,8 @@ def _print(found: Check) -> None:
     if found.has:
         click.echo(
             f"microvm: {found.vm} is down, and could not give back {', '.join(found.has)}; "
-            f"`journalctl -u {names.unit(found.vm)}` says why",
+            f"`journalctl -u {names.unit(found.vm)}` says why, "
+            "`microvm reconcile --apply` tries again",
             err=True,
         )
     for problem in found.problems:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import os
 import re
@@ -169,6 +170,43 @@ def test_mandoc_has_no_warnings(page: Path) -> None:
     argv = ["mandoc", "-Tlint", "-Wwarning", str(page)]
     done = subprocess.run(argv, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "")
+
+
+# Raised by these are what an administrator has to make sense of.
+_ERRORS = ("MicrovmHostError", "InUse")
+
+
+def messages(module: str) -> Iterator[str]:
+    """The errors that a module raises, with `…` for what differs each time."""
+    tree = ast.parse((TOP / f"microvm_host/{module}.py").read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in _ERRORS and node.args:
+            first = node.args[0]
+            parts = first.values if isinstance(first, ast.JoinedStr) else [first]
+            yield "".join(
+                str(part.value)
+                if isinstance(part, ast.Constant)
+                else ("vfio-pci" if "VFIO_PCI" in ast.dump(part) else "…")
+                for part in parts
+            )
+
+
+def test_each_error_of_passthrough_is_explained_and_there_is_no_other() -> None:
+    text = (TOP / "docs/passthrough.md").read_text(encoding="utf-8")
+    tables = re.findall(r"^\| it says \|.*\n\|[-|]+\|\n((?:\|.*\n)+)", text, re.MULTILINE)
+    rows = [
+        line.split(" | ")[0].removeprefix("| ") for table in tables for line in table.split("\n")
+    ]
+    explained = {row: ".*".join(map(re.escape, row.split("…"))) for row in rows if row}
+    assert len(explained) > 10
+    raised = [*messages("pci"), *messages("pcibus")]
+    assert len(raised) > 10
+    for message in raised:
+        assert any(re.search(pattern, message) for pattern in explained.values()), message
+    # What is not raised but noted in the journal.
+    noted = (TOP / "microvm_host/pci.py").read_text(encoding="utf-8")
+    for row, pattern in explained.items():
+        assert any(re.search(pattern, each) for each in [*raised, noted]), row
 
 
 def headings(text: str) -> set[str]:

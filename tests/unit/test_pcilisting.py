@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ PCI_IDS = """\
 \t1042  Virtio 1.0 block device
 # another, in between
 8086  Intel Corporation
+# and within
 \t10d3  82574L Gigabit Network Connection
 \t\t1af4 1041  Not this one
 
@@ -210,7 +212,7 @@ def test_on_a_terminal_lines_are_cut_and_coloured(
     write(f"{host.pci_device('0000:02:00.0')}/virtfn0/vendor", "0xffff\n")
     Record(host.record("web", pci.WHAT)).append("device", "0000:01:00.0", "e1000e", "", "", "")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("COLUMNS", "70")
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
     cli_pci.show(host, bridges=True, as_json=False)
@@ -220,13 +222,14 @@ def test_on_a_terminal_lines_are_cut_and_coloured(
         assert parts
         colour, plain = parts.groups()
         if "lives on it" not in plain:
-            assert len(plain) <= 60
+            assert len(plain) <= 70
             by_address[plain.split()[0]] = colour, plain
     assert by_address["0000:01:00.0"][0] == "1;32"
     assert by_address["0000:02:00.0"][0] == "31"
     assert by_address["0000:00:03.0"][0] == "2"
     assert by_address["0000:02:00.1"][0] is None
     assert by_address["0000:01:00.0"][1].endswith("…")
+    assert by_address["0000:00:03.0"][1].endswith(" 1b36:000c")
     # Nothing is cut for who reads it from a pipe.
     assert "82574L Gigabit Network Connection\n" in run().stdout
 
@@ -263,9 +266,21 @@ def test_an_override_that_the_kernel_does_not_tell(
     # As for a driver that never lets go of its device: opening a FIFO waits for ever too.
     monkeypatch.setattr(pcilisting, "OVERRIDE_KNOWN_WITHIN", 0.05)
     os.unlink(f"{host.pci_device('0000:02:00.0')}/driver_override")
-    os.mkfifo(f"{host.pci_device('0000:02:00.0')}/driver_override")
-    assert overrides()["0000:01:00.0"] == "vfio-pci"
-    assert overrides()["0000:02:00.0"] is None
+    fifo = f"{host.pci_device('0000:02:00.0')}/driver_override"
+    os.mkfifo(fifo)
+
+    def answer() -> None:
+        # Late, so that who waits for it fails here instead of hanging.
+        with open(os.open(fifo, os.O_RDWR), "w", encoding="ascii") as late:
+            late.write("vfio-pci\n")
+
+    timer = threading.Timer(5, answer)
+    timer.start()
+    try:
+        found = overrides()
+    finally:
+        timer.cancel()
+    assert (found["0000:01:00.0"], found["0000:02:00.0"]) == ("vfio-pci", None)
 
 
 @pytest.mark.usefixtures("devices")
@@ -383,7 +398,7 @@ def test_check_of_a_vm_without_devices_and_of_one_that_has_them(
     assert result.exit_code == 0
     assert result.stderr == (
         "microvm: web is down, and could not give back 0000:01:00.0; "
-        "`journalctl -u microvm@web.service` says why\n"
+        "`journalctl -u microvm@web.service` says why, `microvm reconcile --apply` tries again\n"
     )
     assert result.stdout.startswith("web: a start would\n  bind 0000:02:00.0 to vfio-pci\n")
     found = json.loads(run("check", "--json", "web").stdout)
