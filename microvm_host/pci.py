@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import time
-from errno import EBUSY, ETIMEDOUT
+from errno import EBUSY, ENODEV, ETIMEDOUT
 from fcntl import LOCK_EX, LOCK_UN, flock
 
 from . import hostuse, log, names, nodes, pcibus, process
@@ -46,7 +46,9 @@ class InUse(MicrovmHostError):
 
     def __init__(self, message: str, holder: str) -> None:
         super().__init__(
-            message, hint=f"stop that one first: systemctl stop microvm@{holder}.service"
+            message,
+            hint=f"stop that one first: systemctl stop microvm@{holder}.service; if it is down, "
+            "`microvm reconcile --apply` gives back what it left",
         )
         self.holder = holder
 
@@ -570,8 +572,24 @@ def _bring_up(address: str, up: list[str], down: list[str], host: HostPaths) -> 
         # Its name was given by hand, or by a rule that is no more.
         rename(spare.pop(0), name)
     for name in up:
-        if not get_flags(name) & IFF_UP:
-            set_flags(name, IFF_UP)
+        _set_up(name, deadline)
+
+
+def _set_up(name: str, deadline: float) -> None:
+    """Set an interface up that may have got its name this moment.
+
+    sysfs has the new name a little before the kernel finds the interface by it.
+    """
+    while True:
+        try:
+            if not get_flags(name) & IFF_UP:
+                set_flags(name, IFF_UP)
+            return
+        except MicrovmHostError as error:
+            is_late = time.monotonic() > deadline
+            if is_late or getattr(error.__cause__, "errno", None) != ENODEV:
+                raise
+            time.sleep(0.01)
 
 
 # ---- writing to sysfs

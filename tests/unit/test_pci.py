@@ -146,7 +146,7 @@ def test_device_of_another_vm(sysfs: Sysfs, kernel: Kernel) -> None:
     take(sysfs, VMD, vm="db")
     assert problems(sysfs, VMD) == [
         "10000:e1:00.0 is in use by microVM db; stop that one first: systemctl stop "
-        "microvm@db.service"
+        "microvm@db.service; if it is down, `microvm reconcile --apply` gives back what it left"
     ]
     [error] = pci.problems("web", [VMD], sysfs.host)
     assert isinstance(error, InUse)
@@ -164,6 +164,7 @@ def test_mate_of_another_vm(sysfs: Sysfs, kernel: Kernel) -> None:
     assert problems(sysfs, SECOND) == [
         "IOMMU group 7 cannot be taken: 0000:03:00.0 in it is in use by microVM db; stop that one "
         "first: systemctl stop microvm@db.service"
+        "; if it is down, `microvm reconcile --apply` gives back what it left"
     ]
 
 
@@ -595,6 +596,7 @@ def test_mate_whose_driver_hangs_still(sysfs: Sysfs, kernel: Kernel) -> None:
     assert problems(sysfs, SECOND) == [
         "IOMMU group 7 cannot be taken: 0000:03:00.0 in it is in use by microVM db; stop that one "
         "first: systemctl stop microvm@db.service"
+        "; if it is down, `microvm reconcile --apply` gives back what it left"
     ]
 
 
