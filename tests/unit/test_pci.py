@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import signal
@@ -20,7 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from microvm_host import log, pci, plan, process
+from microvm_host import interfaces, log, pci, plan, process
 from microvm_host.errors import DeclarationError, MicrovmHostError
 from microvm_host.identity import Identity
 from microvm_host.paths import HostPaths
@@ -1095,3 +1096,22 @@ def test_failing_anywhere_leaves_everything_as_it_was(
             assert given_back(sysfs, record) == []
         assert sysfs.picture() == before
         assert nothing_is_recorded(sysfs.host)
+
+
+def test_an_interface_that_is_being_renamed_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a moment the kernel finds it by neither name."""
+    errors = [OSError(errno.ENODEV, "No such device")] * 2
+
+    def get_flags(name: str) -> int:
+        if errors:
+            raise MicrovmHostError(f"interface {name}: No such device") from errors.pop()
+        return 0
+
+    up = []
+    monkeypatch.setattr(pci, "get_flags", get_flags)
+    monkeypatch.setattr(pci, "set_flags", lambda name, flags: up.append((name, flags)))
+    pci._set_up("lan0", time.monotonic() + 5)
+    assert up == [("lan0", interfaces.IFF_UP)]
+    errors.append(OSError(errno.ENODEV, "No such device"))
+    with pytest.raises(MicrovmHostError, match="No such device"):
+        pci._set_up("lan0", time.monotonic() - 1)
