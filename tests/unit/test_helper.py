@@ -413,7 +413,8 @@ def test_device_of_a_vm_that_keeps_it(
     assert run("pci-devices-up", "web") == 1
     assert units.naps == 0
     assert capsys.readouterr().err == (
-        f"{CARD} is in use by microVM db; stop that one first: systemctl stop microvm@db.service\n"
+        f"{CARD} is in use by microVM db; stop that one first: systemctl stop "
+        "microvm@db.service; if it is down, `microvm reconcile --apply` gives back what it left\n"
     )
     assert shared.drivers() == ["vfio-pci", "nvme"]
     assert shared.records("web") == ["booted"]
@@ -463,7 +464,8 @@ def test_device_that_is_taken_again_meanwhile(
     assert run("pci-devices-up", "web") == 1
     assert capsys.readouterr().err == (
         f"{CARD} is in use by microVM third; stop that one first: systemctl stop "
-        "microvm@third.service\n"
+        "microvm@third.service; if it is down, `microvm reconcile --apply` gives back what it "
+        "left\n"
     )
 
 
