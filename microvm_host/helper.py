@@ -225,13 +225,14 @@ def start(name: str, host: HostPaths) -> None:
     log.status(f"Starting {package}")
     kind = "".join(_booted(name, host, "hypervisor")) or "the hypervisor"
     running = f"Running {kind} from {package}"
-    listener = _listener(name, running, host)
-    if listener is not None:
-        _run_beside(listener)
-    hypervisor.become(f"{package}/{MICROVM_RUN}", running if listener is None else None)
+    program = f"{package}/{MICROVM_RUN}"
+    listener = _listener(name, host)
+    if listener is None:
+        hypervisor.become(program, running)
+    _run_until_ready(name, program, running, listener, host)
 
 
-def _listener(name: str, running: str, host: HostPaths) -> Listener | None:
+def _listener(name: str, host: HostPaths) -> Listener | None:
     """Listens for the guest to be ready, if that is to be waited for."""
     wanted = os.environ.get("MICROVM_READINESS", "")
     if wanted not in ("", "exec", "guest"):
@@ -263,33 +264,37 @@ def _listener(name: str, running: str, host: HostPaths) -> Listener | None:
 
     timeout = _booted(name, host, "start-timeout")
     return readiness.Listener(
-        address, running=running, timeout=float(timeout[0]) if timeout else None, others=others
+        address, timeout=float(timeout[0]) if timeout else None, others=others
     )
 
 
-def _run_beside(listener: Listener) -> None:
-    """Run the listener in a process of its own, which is no child of this one.
+def _run_until_ready(
+    name: str, program: str, running: str, listener: Listener, host: HostPaths
+) -> None:
+    """Run the hypervisor, as the main process in its place until the guest is ready.
 
-    This one becomes the hypervisor, which would not know what to do with a child.
+    Who wants the VM stopped until then, or whose patience is over, tells the main process alone,
+    which then asks the guest.
     """
-    child = os.fork()
-    if child:
-        os.waitpid(child, 0)
-        listener.close()
-        return
-    if os.fork():
-        os._exit(0)
-    code = 0
-    try:
-        listener.run()
-    except BaseException:
-        # Of ours, and not to be lost: systemd waits for what does not come now.
-        from traceback import format_exc
+    from . import hypervisor, readiness, supervised
 
-        code = EXIT_FAILED
-        for line in format_exc().splitlines():
-            log.error(line)
-    os._exit(code)
+    asked = supervised.AskedToStop()
+    child = supervised.Supervised(
+        lambda: os._exit(_carried_out(lambda: hypervisor.become(program, None), "start", name))
+    )
+    outcome = listener.run(child.fileno(), asked.fileno())
+    if outcome == readiness.ENDED:
+        child.end_alike()
+    if outcome == readiness.READY:
+        child.release()
+        said = f"; the guest says: {listener.status}" if listener.status else ""
+        readiness.tell(f"MAINPID={child.pid}\nREADY=1\nSTATUS={running}{said}")
+        # systemd has read this, so that whoever was asked before is this process.
+        if not asked:
+            return
+    _shut_down(name, child.pid, host)
+    if outcome != readiness.READY:
+        child.end_alike()
 
 
 def register(name: str, host: HostPaths) -> None:
@@ -326,12 +331,17 @@ def register(name: str, host: HostPaths) -> None:
 
 def stop(name: str, host: HostPaths) -> None:
     """Ask the guest to shut down; runs as the VM's user."""
+    main_pid = os.environ.get("MAINPID", "")
+    # systemd.service(5): without a main process there is nobody to ask.
+    if main_pid:
+        _shut_down(name, int(main_pid), host)
+
+
+def _shut_down(name: str, main_pid: int, host: HostPaths) -> None:
     from . import hypervisor
 
-    main_pid = os.environ.get("MAINPID", "")
-    if not main_pid:
-        # systemd.service(5): without a main process there is nobody to ask.
-        return
+    # Scripts of packages may name it.
+    os.environ["MAINPID"] = str(main_pid)
     ways: list[hypervisor.Way] = []
     script = f"{os.path.realpath(host.booted(name))}/{MICROVM_SHUTDOWN}"
     if os.path.exists(script):
@@ -345,7 +355,7 @@ def stop(name: str, host: HostPaths) -> None:
         ask_again=_seconds("MICROVM_ASK_AGAIN_SECONDS", default.ask_again),
         terminate=_seconds("MICROVM_TERMINATE_SECONDS", default.terminate),
     )
-    hypervisor.stop(int(main_pid), ways, times)
+    hypervisor.stop(main_pid, ways, times)
 
 
 def ended(name: str, host: HostPaths) -> int:
@@ -493,18 +503,22 @@ def main(argv: list[str]) -> int:
     if os.geteuid() == 0:
         # Records are to be read by the VM's user too, whatever UMask= is for the files of that.
         os.umask(0o022)
+    if verb in SHARE_VERBS:
+        return _carried_out(lambda: SHARE_VERBS[verb](name, tag, host), verb, name)
+    return _carried_out(lambda: VERBS[verb](name, host), verb, name)
+
+
+def _carried_out(call: Callable[[], int | None], verb: str, name: str) -> int:
+    """Call it; what goes wrong is told under the VM's name. Gives the exit code."""
     try:
-        if verb in SHARE_VERBS:
-            SHARE_VERBS[verb](name, tag, host)
-        else:
-            return VERBS[verb](name, host) or 0
+        return call() or 0
     except MicrovmHostError as error:
         log.status(str(error))
         log.error(str(error), vm=name)
         # A name that was read, not typed, is wrong in a file.
         return EXIT_CONFIG if isinstance(error, NameInvalid) else error.exit_code
     except OSError as error:
-        log.error(f"{error.filename or argv[1]}: {error.strerror}", vm=name)
+        log.error(f"{error.filename or verb}: {error.strerror}", vm=name)
         return EXIT_FAILED
     except Exception:
         # A mistake of ours. There is no standard error that would show it.
@@ -513,4 +527,3 @@ def main(argv: list[str]) -> int:
         for line in format_exc().splitlines():
             log.error(line, vm=name)
         return EXIT_FAILED
-    return 0

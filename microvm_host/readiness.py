@@ -3,8 +3,8 @@
 
 The guest's systemd is told by the credential `vmm.notify_socket` to send what sd_notify(3) sends
 to a vsock port of the host (systemd(1), from 253 on). The port is listened on before the
-hypervisor is executed, so that no message can be lost, by a process that is of the VM's unit but
-no child of the hypervisor, and ends when the guest is ready: nothing of ours stays.
+hypervisor is executed, so that no message can be lost, by a process that is the VM's main one
+until the guest is ready, and ends then: nothing of ours stays.
 
 Two ways lead to the host. Where the kernel carries vsock (QEMU, crosvm, …) the guest comes from
 its own CID to an AF_VSOCK port, of which the host has one for all VMs. Where the hypervisor does
@@ -61,6 +61,11 @@ STATUS_EVERY = 0.25  # seconds
 LOOK_AFTER_SOCKET_EVERY = 0.1  # seconds
 TAKEN_EVERY = 0.1  # seconds
 BARRIER_WITHIN = 30.0  # seconds
+
+# How a wait ends.
+READY = "ready"
+ENDED = "the hypervisor has ended"
+ASKED = "asked to stop"
 
 # A guest in one of these has finished booting and says READY=1, but has given up on the rest.
 EMERGENCIES = ("emergency.target", "rescue.target")
@@ -170,30 +175,28 @@ class Listener:
         self,
         address: Address,
         *,
-        running: str,
         timeout: float | None,
         others: Callable[[], Sequence[str]],
     ) -> None:
         """
         Args:
-            running: the unit's status for a guest that is ready.
             timeout: seconds until systemd gives up the start (TimeoutStartSec=); None is never.
             others: asks for the VMs that have the same vsock port.
         """
         self._address = address
-        self._running = running
+        self._word = Word()
         self._timeout = timeout
         # A little before systemd's own, which began when it started this process.
         self._patience = None if timeout is None else timeout - min(1.0, timeout / 10)
         self._inode = 0
+        # Closed when the hypervisor is executed, as all here.
         self._socket = self._bind_unix() if address.path else self._bind_vsock(others)
-        # This process, which will be the hypervisor. Closed when it is executed, as all here.
-        self._hypervisor = os.pidfd_open(os.getpid())
         self._began = time.monotonic()
 
-    def close(self) -> None:
-        self._socket.close()
-        os.close(self._hypervisor)
+    @property
+    def status(self) -> str:
+        """What the guest has said last; may be empty."""
+        return self._word.status
 
     def _bind_unix(self) -> socket:
         path = self._address.path
@@ -246,28 +249,35 @@ class Listener:
                 log.status(f"Waiting: {taken}")
             time.sleep(TAKEN_EVERY)
 
-    def run(self) -> None:
-        """Listen until the guest is ready or the hypervisor has ended."""
+    def run(self, hypervisor: int, asked: int) -> str:
+        """Listen until the guest is ready, the hypervisor has ended, or somebody asks to stop.
+
+        Args:
+            hypervisor: a descriptor that is readable when that has ended.
+            asked: one that is when the VM is to be stopped.
+
+        Returns:
+            READY, ENDED or ASKED.
+        """
         log.status("Waiting for the guest to be ready")
         if self._timeout is not None:
             # Time spent waiting for the port is not the guest's.
             log.notify(f"EXTEND_TIMEOUT_USEC={int(self._timeout * 1e6)}")
         try:
-            self._listen()
+            return self._listen(hypervisor, asked)
         finally:
             self._unlink()
+            self._socket.close()
 
-    def _listen(self) -> None:
-        word, shown, show_at = Word(), "", 0.0
+    def _listen(self, hypervisor: int, asked: int) -> str:
+        word, shown, show_at = self._word, "", 0.0
         complain_at = None if self._patience is None else self._began + self._patience
         connections: dict[int, _Connection] = {}
         while True:
             now = time.monotonic()
             if word.is_ready:
-                said = f"; the guest says: {word.status}" if word.status else ""
                 log.info(f"the guest is ready after {now - self._began:.1f} s")
-                tell(f"READY=1\nSTATUS={self._running}{said}")
-                return
+                return READY
             if complain_at is not None and now >= complain_at:
                 complain_at = None
                 reason = (
@@ -285,10 +295,16 @@ class Listener:
             times += [complain_at] if complain_at is not None else []
             times += [show_at] if word.describe() != shown else []
             times += [now + LOOK_AFTER_SOCKET_EVERY] if self._address.path else []
-            readable = self._wait(connections, until=min(times, default=None))
-            if self._hypervisor in readable:
+            readable = self._wait(
+                [hypervisor, asked, *connections],
+                accept=len(connections) < CONNECTIONS_MAX,
+                until=min(times, default=None),
+            )
+            if hypervisor in readable:
                 log.notice("the hypervisor ended before the guest was ready")
-                return
+                return ENDED
+            if asked in readable:
+                return ASKED
             now = time.monotonic()
             for fd, connection in list(connections.items()):
                 more = connection.read(now) if fd in readable else now < connection.deadline
@@ -300,12 +316,11 @@ class Listener:
             if self._address.path:
                 self._look_after_socket()
 
-    def _wait(self, connections: dict[int, _Connection], *, until: float | None) -> set[int]:
+    def _wait(self, fds: Sequence[int], *, accept: bool, until: float | None) -> set[int]:
         poll = select.poll()
-        poll.register(self._hypervisor, select.POLLIN)
-        for fd in connections:
+        for fd in fds:
             poll.register(fd, select.POLLIN)
-        if len(connections) < CONNECTIONS_MAX:
+        if accept:
             poll.register(self._socket.fileno(), select.POLLIN)
         # Rounded up: woken too early, it would run in circles.
         wait = None if until is None else max(0, until - time.monotonic()) * 1000 + 1

@@ -22,7 +22,7 @@ PACKAGE = REPOSITORY / "microvm_host"
 
 # From the ground up: a module imports only what is in layers below its own.
 LAYERS: tuple[set[str], ...] = (
-    {"errors", "frozen", "vsock"},
+    {"errors", "frozen", "supervised", "vsock"},
     {"names", "paths", "identity", "interpreter", "process", "record", "source", "state", "sysfs"},
     {"interfaces", "log", "pcibus", "runner", "control", "trust", "users"},
     {"declaration", "hostuse", "nodes", "pciids"},
@@ -122,8 +122,8 @@ def test_ground_imports_nothing() -> None:
 
 def test_nothing_below_an_entry_point_exits() -> None:
     for path in FILES:
-        # `process` ends a process that it forked itself.
-        if module_of(path) in ("cli", "helper", "process", "vsock"):
+        # `process` and `supervised` end processes that they forked themselves.
+        if module_of(path) in ("cli", "helper", "process", "supervised", "vsock"):
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             named = isinstance(node, ast.Attribute) and ast.unparse(node) in (
@@ -328,11 +328,13 @@ def test_budget_names_each_verb_of_a_start_and_a_stop() -> None:
 def test_waiting_for_a_guest_imports_little(tmp_path: Path) -> None:
     found = loaded(
         f"{BASE}sys.path.insert(0, {str(REPOSITORY)!r})\n"
-        f"import microvm_host.helper, microvm_host.readiness\nloaded = list(sys.modules)\n{REPORT}",
+        "import microvm_host.helper, microvm_host.readiness, microvm_host.supervised\n"
+        f"loaded = list(sys.modules)\n{REPORT}",
         tmp_path,
     )
     assert not found & COSTLY
-    assert found <= ALWAYS | ours("readiness") | {"select", "time"} | MACHINERY
+    needed = ours("readiness", "supervised") | {"_signal", "select", "time"}
+    assert found <= ALWAYS | needed | MACHINERY
 
 
 @pytest.mark.parametrize("verb", BUDGET)

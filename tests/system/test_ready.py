@@ -75,17 +75,19 @@ def test_started_when_the_guest_says_so(toolkit: Toolkit, vm: str) -> None:
         "Waiting for the guest to be ready; it says: Mounting disks",
     )
     assert toolkit.property(f"microvm@{vm}", "ActiveState") == "activating"
+    # Who is to be asked to stop until then.
     main = toolkit.property(f"microvm@{vm}", "MainPID")
-    assert toolkit.host.read(f"/proc/{main}/comm") == "sleep\n"
-    # Who waits is no child of the hypervisor.
-    (waiting,) = toolkit.sh("pgrep -x helper").split()
-    assert "PPid:\t1\n" in toolkit.host.read(f"/proc/{waiting}/status")
+    assert toolkit.host.read(f"/proc/{main}/comm") == "helper\n"
     status = toolkit.host.run(["microvm", "status", vm], check=False).stdout
     assert "   readiness: guest, which is waited for" in status
 
     toolkit.host.run(["touch", f"/var/lib/microvms/{vm}/booted-up"], user="microvm")
     await_property(toolkit, vm, "ActiveState", "active")
-    assert toolkit.property(f"microvm@{vm}", "MainPID") == main
+    # Nobody has it but systemd.
+    main = toolkit.property(f"microvm@{vm}", "MainPID")
+    assert toolkit.host.read(f"/proc/{main}/comm") == "sleep\n"
+    assert "PPid:\t1\n" in toolkit.host.read(f"/proc/{main}/status")
+    assert not any("not our child" in line for line in toolkit.journal(vm))
     assert toolkit.property(f"microvm@{vm}", "StatusText") == (
         f"Running cloud-hypervisor from {path}; the guest says: Ready."
     )
@@ -151,22 +153,45 @@ def test_a_hypervisor_that_ends_while_its_guest_is_waited_for(toolkit: Toolkit, 
     toolkit.await_footprint(before)
 
 
-def test_stopped_and_killed_while_the_guest_is_waited_for(toolkit: Toolkit, vm: str) -> None:
+@pytest.mark.core
+def test_stopped_while_the_guest_is_waited_for(toolkit: Toolkit, vm: str) -> None:
+    """It is asked, as it would be later, and is given the same time."""
+    stub = Stub(
+        name=vm,
+        hypervisor="cloud-hypervisor",
+        readiness="guest",
+        shutdown_delay=4,
+        taps=(Tap(name=f"{vm}a", mac="02:00:00:00:00:01"),),
+    )
+    toolkit.create(stub)
+    toolkit.host.write(
+        f"/etc/systemd/system/microvm@{vm}.service.d/quick.conf", "[Service]\nTimeoutStopSec=2\n"
+    )
+    toolkit.systemctl("daemon-reload")
+    before = toolkit.footprint()
+    toolkit.systemctl("start", "--no-block", f"microvm@{vm}")
+    await_property(toolkit, vm, "StatusText", "Waiting for the guest to be ready")
+    toolkit.await_line(vm, f"STUB {vm}: started")
+    began = time.monotonic()
+    toolkit.systemctl("stop", f"microvm@{vm}")
+    assert 4 <= time.monotonic() - began < 9
+    lines = toolkit.journal(vm)
+    assert any("asked once, by its package's script" in line for line in lines)
+    assert any(line.startswith(f"STUB {vm}: shutdown script, main process ") for line in lines)
+    assert toolkit.property(f"microvm@{vm}", "Result") == "success"
+    toolkit.await_footprint(before)
+
+
+def test_killed_while_the_guest_is_waited_for(toolkit: Toolkit, vm: str) -> None:
     toolkit.create(fake(vm, "true", taps=(Tap(name=f"{vm}a", mac="02:00:00:00:00:01"),)))
     limit(toolkit, vm, 30)
     before = toolkit.footprint()
-    for end in ("systemctl stop microvm@{}", "systemctl kill -s KILL microvm@{}"):
-        toolkit.systemctl("start", "--no-block", f"microvm@{vm}")
-        await_property(toolkit, vm, "StatusText", "Waiting for the guest to be ready")
-        toolkit.sh(end.format(vm))
-        eventually(
-            lambda: toolkit.property(f"microvm@{vm}", "ActiveState"),
-            lambda state: state in ("inactive", "failed"),
-            10,
-            "it has not ended",
-        )
-        toolkit.systemctl("reset-failed", f"microvm@{vm}", check=False)
-        toolkit.await_footprint(before)
+    toolkit.systemctl("start", "--no-block", f"microvm@{vm}")
+    await_property(toolkit, vm, "StatusText", "Waiting for the guest to be ready")
+    toolkit.systemctl("kill", "-s", "KILL", f"microvm@{vm}")
+    await_property(toolkit, vm, "ActiveState", "failed")
+    toolkit.systemctl("reset-failed", f"microvm@{vm}", check=False)
+    toolkit.await_footprint(before)
 
 
 def test_a_package_that_clears_away_sockets_and_forwards_by_itself(

@@ -9,6 +9,7 @@ kernel's vsock are fakes that bring a made-up CID, since unit tests have no gues
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import stat
 import subprocess
@@ -31,7 +32,6 @@ from microvm_host.record import Record
 from . import packages
 
 REPOSITORY = Path(__file__).parents[2]
-RUNNING = "Running qemu from /pkg"
 
 
 # ---- what a guest says
@@ -61,7 +61,7 @@ def heard(*messages: bytes) -> Word:
         ],
     ],
 )
-def test_ready(messages: list[bytes]) -> None:
+def test_words_of_one_that_is_ready(messages: list[bytes]) -> None:
     assert heard(*messages).is_ready
 
 
@@ -90,7 +90,7 @@ def test_ready(messages: list[bytes]) -> None:
         ],
     ],
 )
-def test_not_ready(messages: list[bytes]) -> None:
+def test_words_of_one_that_is_not_ready(messages: list[bytes]) -> None:
     assert not heard(*messages).is_ready
 
 
@@ -208,8 +208,15 @@ class Running:
     def __init__(self, listener: Listener, path: Path) -> None:
         self.listener = listener
         self.path = path
-        self._thread = threading.Thread(target=listener.run, daemon=True)
+        self.outcome = ""
+        # What a hypervisor that ends and somebody who asks would make readable.
+        self._hypervisor, self.hypervisor_ends = os.pipe()
+        self._asked, self.ask = os.pipe()
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
+
+    def _run(self) -> None:
+        self.outcome = self.listener.run(self._hypervisor, self._asked)
 
     def await_socket(self) -> None:
         deadline = time.monotonic() + 5
@@ -231,6 +238,10 @@ class Running:
         self._thread.join(within)
         return not self._thread.is_alive()
 
+    def close(self) -> None:
+        for fd in (self._hypervisor, self.hypervisor_ends, self._asked, self.ask):
+            os.close(fd)
+
 
 Start = Callable[..., Running]
 
@@ -245,31 +256,26 @@ def start(root: Path, systemd: Systemd, said: list[str]) -> Iterator[Start]:
 
     def start(timeout: float | None = 60) -> Running:
         path = root / "notify.vsock_8888"
-        listener = Listener(Address(str(path)), running=RUNNING, timeout=timeout, others=nobody)
+        listener = Listener(Address(str(path)), timeout=timeout, others=nobody)
         begun.append(Running(listener, path))
         return begun[-1]
 
     yield start
     for running in begun:
         if not running.ended(0):
-            # In one message: a guest that had said READY=1 before is ready after the first line,
-            # and nobody listens any more.
-            running.say(b"X_SYSTEMD_UNIT_INACTIVE=emergency.target\nREADY=1")
+            os.write(running.ask, b"x")
             assert running.ended()
-        running.listener.close()
+            assert running.outcome == readiness.ASKED
+        running.close()
 
 
-def test_ready_is_passed_on_in_our_own_words(
-    start: Start, systemd: Systemd, said: list[str]
-) -> None:
+def test_ready(start: Start, systemd: Systemd, said: list[str]) -> None:
     running = start()
     running.say(b"X_SYSTEMD_HOSTNAME=guest")
     assert not running.ended(0.05)
     running.say(b"READY=1\nSTATUS=Ready.\nMAINPID=1\nFDSTORE=1\nWATCHDOG=trigger")
     assert running.ended()
-    assert systemd.messages[-1] == f"READY=1\nSTATUS={RUNNING}; the guest says: Ready."
-    # All of what was sent was taken in before this process ended.
-    assert systemd.barriers == 1
+    assert (running.outcome, running.listener.status) == (readiness.READY, "Ready.")
     text = "\n".join(systemd.messages)
     for key in ("MAINPID", "FDSTORE", "WATCHDOG", "HOSTNAME"):
         assert key not in text
@@ -277,21 +283,26 @@ def test_ready_is_passed_on_in_our_own_words(
     assert not running.path.exists()
 
 
-def test_a_slow_systemd_is_waited_for(start: Start, systemd: Systemd) -> None:
+def test_a_slow_systemd_is_waited_for(systemd: Systemd) -> None:
     """It looks up who sent a message when it comes to it: that process must still be there."""
-    running = start()
     systemd.may_go_on.clear()
-    running.say(b"READY=1")
-    assert not running.ended(0.5)
+    telling = threading.Thread(target=readiness.tell, args=("READY=1",))
+    telling.start()
+    telling.join(0.5)
+    assert telling.is_alive()
     systemd.may_go_on.set()
-    assert running.ended()
+    telling.join(10)
+    assert not telling.is_alive()
+    assert (systemd.messages, systemd.barriers) == (["READY=1"], 1)
 
 
-def test_without_a_status(start: Start, systemd: Systemd) -> None:
+def test_the_hypervisor_has_ended(start: Start, said: list[str]) -> None:
     running = start()
-    running.say(b"READY=1")
+    os.write(running.hypervisor_ends, b"x")
     assert running.ended()
-    assert systemd.messages[-1] == f"READY=1\nSTATUS={RUNNING}"
+    assert running.outcome == readiness.ENDED
+    assert said == ["notice: the hypervisor ended before the guest was ready"]
+    assert not running.path.exists()
 
 
 def test_time_spent_before_is_not_the_guests(start: Start, systemd: Systemd) -> None:
@@ -324,7 +335,7 @@ def test_a_guest_that_chatters_does_not_make_systemd_listen(start: Start, system
     assert running.ended()
     took = time.monotonic() - began
     assert len(systemd.messages) <= 5 + took / readiness.STATUS_EVERY
-    assert systemd.messages[-1].endswith("says: 499")
+    assert running.listener.status == "499"
 
 
 def test_a_sender_whose_end_does_not_come(start: Start) -> None:
@@ -433,7 +444,7 @@ def test_something_is_in_the_way(root: Path) -> None:
     path = root / "notify.vsock_8888"
     path.write_text("")
     with pytest.raises(MicrovmHostError, match="cannot listen there for the guest") as caught:
-        Listener(Address(str(path)), running="", timeout=1, others=nobody)
+        Listener(Address(str(path)), timeout=1, others=nobody)
     assert caught.value.path == str(path)
     assert path.exists()
 
@@ -504,7 +515,7 @@ def test_only_its_own_guest_is_heard(
     kernel = KernelsVsock()
     monkeypatch.setattr(readiness, "_vsock", lambda port, is_stream: kernel)
     address = Address(port=8888, cid=42)
-    listener = Listener(address, running=RUNNING, timeout=60, others=nobody)
+    listener = Listener(address, timeout=60, others=nobody)
     running = Running(listener, Path())
     # Another guest, the host itself, and any program over the loopback.
     for cid in (43, 2, 1):
@@ -515,8 +526,8 @@ def test_only_its_own_guest_is_heard(
     with kernel.come(42, b"READY=1\nSTATUS=hi") as guest:
         assert guest.recv(1) == b""
     assert running.ended()
-    assert systemd.messages[-1] == f"READY=1\nSTATUS={RUNNING}; the guest says: hi"
-    listener.close()
+    assert (running.outcome, listener.status) == (readiness.READY, "hi")
+    running.close()
 
 
 def listen_by_vsock(kind: int, port: int = 0xFFFFFFFF) -> socket.socket:
@@ -540,20 +551,26 @@ def test_a_port_that_is_taken_is_waited_for(
     later = threading.Timer(0.4, taken.close)
     later.start()
     began = time.monotonic()
-    listener = Listener(address, running="", timeout=30, others=lambda: ["db", "web"])
+    listener = Listener(address, timeout=30, others=lambda: ["db", "web"])
     assert time.monotonic() - began >= 0.3
     assert said == [
         f"notice: vsock port {port} is taken, perhaps by microVM db, web: waiting for it"
     ]
-    listener.close()
     later.join()
+    # It has the port by now.
+    with socket.socket(socket.AF_VSOCK, kind) as other, pytest.raises(OSError, match="in use"):
+        other.bind((socket.VMADDR_CID_ANY, port))
+    running = Running(listener, Path())
+    os.write(running.ask, b"x")
+    assert running.ended()
+    running.close()
 
 
 def test_a_port_that_stays_taken(systemd: Systemd, said: list[str]) -> None:
     taken = listen_by_vsock(socket.SOCK_STREAM)
     port = taken.getsockname()[1]
     with pytest.raises(MicrovmHostError) as caught:
-        Listener(Address(port=port, cid=42), running="", timeout=0.5, others=nobody)
+        Listener(Address(port=port, cid=42), timeout=0.5, others=nobody)
     assert str(caught.value) == (
         f"vsock port {port} is taken by what is no microVM; give each VM a port of its own"
     )
@@ -598,6 +615,15 @@ def helper(host: HostPaths, systemd: str, **environment: str) -> subprocess.Pope
     )
 
 
+def say(host: HostPaths, message: bytes) -> None:
+    with socket.socket(socket.AF_UNIX) as guest:
+        guest.connect(f"{host.vm('web')}/notify.vsock_8888")
+        guest.sendall(message)
+        guest.shutdown(socket.SHUT_WR)
+        # The end comes when it was taken in.
+        assert guest.recv(1) == b""
+
+
 def test_the_hypervisor_gets_nothing_of_it(host: HostPaths, web: Path, systemd: Systemd) -> None:
     """No child, no descriptor, no $NOTIFY_SOCKET; and the socket is there before it runs."""
     packages.program(
@@ -609,6 +635,10 @@ def test_the_hypervisor_gets_nothing_of_it(host: HostPaths, web: Path, systemd: 
         "read -r children < /proc/$$/task/$$/children || true\n"
         'echo "children:$children"\n'
         'for fd in /proc/$$/fd/*; do echo "fd $(readlink $fd)"; done\n'
+        "while read -r line; do\n"
+        "case $line in SigBlk*|SigIgn*) echo $line; esac\n"
+        "done < /proc/$$/status\n"
+        'echo "pid:$$"\n'
         'echo "notify:$NOTIFY_SOCKET"\n'
         "exec sleep 30\n",
     )
@@ -621,35 +651,121 @@ def test_the_hypervisor_gets_nothing_of_it(host: HostPaths, web: Path, systemd: 
     descriptors = {line.split(":")[0] for line in lines if line.startswith("fd")}
     # Standard input, output and error, and the shell's script.
     assert descriptors == {"fd /dev/null", "fd pipe", f"fd {web}/bin/microvm-run"}
-    assert [line for line in lines if not line.startswith("fd")] == [
+    main = next(line for line in lines if line.startswith("pid:"))[4:]
+    masks = {line[:6]: int(line.split()[1], 16) for line in lines if line.startswith("Sig")}
+    # Not all that could be, since Python ignores SIGPIPE.
+    assert masks["SigBlk"] == 0
+    assert not masks["SigIgn"] & 1 << signal.SIGTERM - 1
+    assert [line for line in lines if not line.startswith(("fd", "Sig", "pid"))] == [
         "socket",
         "children:",
         "notify:",
     ]
     assert not any("READY=1" in message for message in systemd.messages)
-    with socket.socket(socket.AF_UNIX) as guest:
-        guest.connect(f"{host.vm('web')}/notify.vsock_8888")
-        guest.sendall(b"READY=1")
-        guest.shutdown(socket.SHUT_WR)
-        # The end comes when it was taken in.
-        assert guest.recv(1) == b""
-    deadline = time.monotonic() + 10
-    while not systemd.barriers and time.monotonic() < deadline:
-        time.sleep(0.01)
+    say(host, b"READY=1\nSTATUS=Ready.")
+    child.wait(timeout=10)
+    assert child.returncode == 0
     package = f"{host.root}/packages/web"
-    assert systemd.messages[-1] == f"READY=1\nSTATUS=Running cloud-hypervisor from {package}"
-    child.kill()
+    assert systemd.messages[-1] == (
+        f"MAINPID={main}\nREADY=1\nSTATUS=Running cloud-hypervisor from {package}; "
+        "the guest says: Ready."
+    )
+    # All of it was taken in before this process ended.
+    assert systemd.barriers == 1
+    # It is not ours any more; here, process 1 stands for systemd.
+    assert "PPid:\t1\n" in Path(f"/proc/{main}/status").read_text()
+    os.kill(int(main), signal.SIGKILL)
     child.communicate()
 
 
-def test_the_hypervisor_ends_first(host: HostPaths, web: Path, systemd: Systemd) -> None:
-    packages.program(web, "bin/microvm-run", "#!/bin/sh\nexit 3\n")
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [
+        ("exit 3", 3),
+        ("exit 0", 0),
+        ("kill -TERM $$", -signal.SIGTERM),
+        ("kill -KILL $$", -signal.SIGKILL),
+        ("ulimit -c 0; kill -SEGV $$", -signal.SIGSEGV),
+    ],
+)
+def test_the_hypervisor_ends_first(
+    host: HostPaths, web: Path, systemd: Systemd, end: str, code: int
+) -> None:
+    packages.program(web, "bin/microvm-run", f"#!/bin/sh\n{end}\n")
     child = helper(host, str(systemd.socket.getsockname()))
-    # Until both have closed it: the listener has ended as well.
+    # Until all have closed it: nobody is left.
     _, complaints = child.communicate(timeout=10)
-    assert child.returncode == 3
+    assert child.returncode == code
     assert complaints == "the hypervisor ended before the guest was ready\n"
     assert not os.path.exists(f"{host.vm('web')}/notify.vsock_8888")
+
+
+def test_the_hypervisor_cannot_be_executed(host: HostPaths, web: Path, systemd: Systemd) -> None:
+    packages.program(web, "bin/microvm-run", "#!/no/such/shell\n")
+    child = helper(host, str(systemd.socket.getsockname()))
+    _, complaints = child.communicate(timeout=10)
+    # As without a guest to wait for.
+    assert child.returncode == 78
+    assert "bin/microvm-run: cannot be executed: No such file or directory" in complaints
+
+
+# Waits to be asked by its script, and says so.
+ASKED = (
+    "#!/bin/sh\ntrap 'echo asked; exit 0' USR1\ntrap 'echo plug pulled; exit 1' TERM\n"
+    "echo waiting\nwhile :; do sleep 0.01; done\n"
+)
+
+
+def test_stopped_before_the_guest_is_ready(host: HostPaths, web: Path, systemd: Systemd) -> None:
+    """As systemd does it: SIGTERM to the main process."""
+    packages.program(web, "bin/microvm-run", ASKED)
+    packages.program(web, "bin/microvm-shutdown", '#!/bin/sh\nkill -USR1 "$MAINPID"\n')
+    child = helper(host, str(systemd.socket.getsockname()))
+    assert child.stdout is not None
+    assert child.stdout.readline() == "waiting\n"
+    child.terminate()
+    shown, said = child.communicate(timeout=10)
+    assert shown == "asked\n"
+    assert "asked the guest to shut down by its package's script" in said
+    assert child.returncode == 0
+    assert any("EXTEND_TIMEOUT_USEC=20000000" in message for message in systemd.messages)
+    assert not any("READY=1" in message for message in systemd.messages)
+    assert not os.path.exists(f"{host.vm('web')}/notify.vsock_8888")
+
+
+def test_stopped_before_the_guest_is_ready_by_force(
+    host: HostPaths, web: Path, systemd: Systemd
+) -> None:
+    packages.program(web, "bin/microvm-run", ASKED)
+    child = helper(host, str(systemd.socket.getsockname()), MICROVM_SHUTDOWN_SECONDS="0.2")
+    packages.program(web, "bin/microvm-shutdown", "#!/bin/sh\n")
+    assert child.stdout is not None
+    assert child.stdout.readline() == "waiting\n"
+    child.terminate()
+    shown, said = child.communicate(timeout=10)
+    assert shown == "plug pulled\n"
+    assert "the guest was not shut down" in said
+    assert child.returncode == 1
+
+
+def test_stopped_when_systemd_has_not_yet_heard_of_the_guest(
+    host: HostPaths, web: Path, systemd: Systemd
+) -> None:
+    """It still takes this process for the main one, and kills what is left when that ends."""
+    packages.program(web, "bin/microvm-run", ASKED)
+    packages.program(web, "bin/microvm-shutdown", '#!/bin/sh\nkill -USR1 "$MAINPID"\n')
+    child = helper(host, str(systemd.socket.getsockname()))
+    assert child.stdout is not None
+    assert child.stdout.readline() == "waiting\n"
+    systemd.may_go_on.clear()
+    say(host, b"READY=1")
+    time.sleep(0.2)
+    child.terminate()
+    time.sleep(0.1)
+    systemd.may_go_on.set()
+    shown, _ = child.communicate(timeout=10)
+    assert shown == "asked\n"
+    assert child.returncode == 0
 
 
 @pytest.mark.parametrize(
