@@ -200,10 +200,12 @@ def test_hostile_qemu(listen: Callable[[Answer], str], name: str) -> None:
     answer, complaint = HOSTILE[name]
     path = listen(answer)
     before = len(os.listdir("/proc/self/fd"))
+    # What is bounded by size is to end by that, on a busy machine too.
+    within = 10 * WITHIN if complaint == "more than any answer has" else WITHIN
     began = time.monotonic()
     with pytest.raises(MicrovmHostError) as caught:
-        control.press("qmp", path, WITHIN)
-    assert time.monotonic() - began < WITHIN + 0.4
+        control.press("qmp", path, within)
+    assert time.monotonic() - began < within + 0.4
     assert complaint in str(caught.value)
     # One line of known words: nothing of what it said gets to a terminal.
     assert str(caught.value).isprintable()
