@@ -78,13 +78,10 @@ def _note_readiness(package: Package, booted: Record, name: str) -> None:
 
 def unset_booted(name: str, host: HostPaths) -> None:
     """Forget what ran."""
-    match _booted(name, host, "notify"):
-        case ["unix", path]:
-            # Who listened there may have been killed. The name is none that root minds.
-            try:
-                os.unlink(f"{host.vm(name)}/{path}")
-            except OSError:
-                pass
+    if _booted(name, host, "notify")[:1] == ["unix"]:
+        from . import readiness
+
+        readiness.clear_away(_booted_record(name, host), host.vm(name))
     ends = Record(host.record(name, "ends"))
     if os.path.exists(ends.path):
         from . import aftermath

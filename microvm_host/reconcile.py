@@ -19,7 +19,7 @@ import stat
 import time
 from contextlib import contextmanager
 
-from . import links, names, pci, process, shares, source, systemd
+from . import links, names, pci, process, readiness, shares, source, systemd
 from .errors import MicrovmHostError
 from .frozen import frozen
 from .record import Record
@@ -80,6 +80,12 @@ def _undo_pci(record: Record, vm: str, host: HostPaths) -> list[str]:
         return pci.undo(record, host)
 
 
+def _forget_booted(record: Record, vm: str, host: HostPaths) -> list[str]:
+    readiness.clear_away(record, host.vm(vm))
+    record.clear()
+    return []
+
+
 def _forget(record: Record, vm: str, host: HostPaths) -> list[str]:
     record.clear()
     return []
@@ -92,7 +98,7 @@ UNDO: dict[str, Callable[[Record, str, HostPaths], list[str]]] = {
     "macvtap-interfaces": _undo_macvtaps,
     "tap-interfaces": _undo_taps,
     pci.WHAT: _undo_pci,
-    "booted": _forget,
+    "booted": _forget_booted,
     "ends": _forget,
     "lost-shares": _forget,
 }

@@ -296,12 +296,17 @@ def test_undone_by_what_a_stop_uses(
     shared.append("unit", "microvm-virtiofsd-web-t.socket")
     shared.append("socket", left)
     Record(host.record("web", "booted")).append("user", "microvm", "1", "kvm", "2")
+    Record(host.record("web", "booted")).append("notify", "unix", "notify.vsock_8888")
+    listened, other = Path(host.vm("web"), "notify.vsock_8888"), Path(host.vm("web"), "other")
+    listened.touch()
+    other.touch()
     pid1.states["microvm-set-booted@web.service"] = "failed"
     found = reconcile.find(host)
     assert len(found) == 5
     assert all(problems == () for _, problems in undone(found, host))
     assert deleted == [{"web0": 7}]
     assert not os.path.exists(left)
+    assert (listened.exists(), other.exists()) == (False, True)
     assert not os.path.lexists(host.booted("web"))
     assert not os.path.exists(f"{host.records}/web")
     assert pid1.done == [
