@@ -398,9 +398,9 @@ def undo(record: Record, host: HostPaths) -> list[str]:
     """Give devices back to the drivers they had, as a record says.
 
     Returns:
-        What could not be undone, a line each; the record is cleared if there is nothing.
+        What could not be undone, a line each; the record keeps that, and nothing else.
     """
-    found = []
+    found, kept = [], []
     for line in reversed(record.read()):
         try:
             match line:
@@ -424,10 +424,12 @@ def undo(record: Record, host: HostPaths) -> list[str]:
                     raise record.strange(line)
         except OSError as error:
             found.append(f"{line[1]}: {error.filename or ''}: {error.strerror}")
+            kept.append(line)
         except MicrovmHostError as error:
             found.append(str(error))
-    if not found:
-        record.clear()
+            kept.append(line)
+    # The others are free for whoever wants them.
+    record.keep(kept[::-1])
     return found
 
 
@@ -564,15 +566,18 @@ def _bring_up(address: str, up: list[str], down: list[str], host: HostPaths) -> 
             break
         time.sleep(0.01)
     spare = sorted(found - wanted)
-    for name in sorted(wanted - found):
-        if not spare:
-            raise MicrovmHostError(
-                f"{address} is with its driver again, but its interface {name} is not there"
-            )
+    missing = sorted(wanted - found)
+    while missing and spare:
         # Its name was given by hand, or by a rule that is no more.
-        rename(spare.pop(0), name)
+        rename(spare.pop(0), missing.pop(0))
     for name in up:
-        _set_up(name, deadline)
+        if name not in missing:
+            _set_up(name, deadline)
+    if missing:
+        raise MicrovmHostError(
+            f"{address} is with its driver again, but its interface {', '.join(missing)} is not "
+            "there"
+        )
 
 
 def _set_up(name: str, deadline: float) -> None:

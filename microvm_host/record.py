@@ -81,6 +81,31 @@ class Record:
                 f"the record cannot be read: {error.strerror}", path=self.path
             ) from error
 
+    def keep(self, lines: list[list[str]]) -> None:
+        """Forget all but these lines, which were read from it; without any, clear it.
+
+        Raises:
+            MicrovmHostError: it cannot be written. Then it says what it said before.
+        """
+        if not lines:
+            return self.clear()
+        self._check_place()
+        directory, what = os.path.split(self.path)
+        # Beside the VMs' directories, by a name that no VM has: what a killed helper left here
+        # is no record of anything.
+        records, vm = os.path.split(directory)
+        new = f"{records}/.{vm}-{what}"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        text = "".join("\t".join(line) + "\n" for line in lines)
+        try:
+            with open(os.open(new, flags, 0o644), "w", encoding="utf-8", newline="\n") as target:
+                target.write(text)
+            os.rename(new, self.path)
+        except OSError as error:
+            raise MicrovmHostError(
+                f"the record cannot be written anew: {error.strerror}", path=self.path
+            ) from error
+
     def strange(self, fields: list[str]) -> MicrovmHostError:
         """What to say of a line that the reader of this record has no use for."""
         return MicrovmHostError(

@@ -141,6 +141,31 @@ def test_what_is_no_file_is_not_read(record: Record, tmp_path: Path, kind: str) 
         record.read()
 
 
+def test_some_lines_are_kept(record: Record) -> None:
+    for number in range(3):
+        record.append("tap", f"vm{number}", "7")
+    record.keep([["tap", "vm1", "7"]])
+    assert record.read() == [["tap", "vm1", "7"]]
+    # It goes on from there.
+    record.append("tap", "vm3", "8")
+    assert record.read() == [["tap", "vm1", "7"], ["tap", "vm3", "8"]]
+    assert os.stat(record.path).st_mode & 0o777 == 0o644
+    place = Path(record.path).parent
+    assert os.listdir(place.parent) == [place.name]
+    record.keep([])
+    assert os.listdir(place.parent) == []
+
+
+def test_what_cannot_be_written_anew_is_as_it_was(record: Record) -> None:
+    record.append("tap", "vm0", "7")
+    record.append("tap", "vm1", "7")
+    place = Path(record.path).parent
+    os.symlink("/dev/full", place.parent / f".{place.name}-{Path(record.path).name}")
+    with pytest.raises(MicrovmHostError, match="cannot be written anew"):
+        record.keep([["tap", "vm1", "7"]])
+    assert record.read() == [["tap", "vm0", "7"], ["tap", "vm1", "7"]]
+
+
 def test_lines_end_at_line_feeds_alone(record: Record) -> None:
     record.append("unit", "a\rb")
     assert record.read() == [["unit", "a\rb"]]
