@@ -185,17 +185,14 @@ def shares_up(name: str, host: HostPaths) -> None:
 
     package = os.path.realpath(host.booted(name))
     found = runner.load_shares(package)
+    record = Record(host.record(name, "virtiofsd"))
+    if record.read():
+        # Whoever was to stop them was killed, and systemd has them still.
+        shares_down(name, host)
     connection = systemd.Connection(host.systemd_private_socket)
     try:
-        steps = shares.plan(
-            name,
-            package,
-            found,
-            _identity(name, host),
-            host,
-            connection,
-        )
-        record = Record(host.record(name, "virtiofsd"))
+        identity = _identity(name, host)
+        steps = shares.plan(name, package, found, identity, host, connection)
         plan.carry_out(steps, record, lambda done: shares.undo(done, host.vm(name), systemd.stop))
     finally:
         connection.close()

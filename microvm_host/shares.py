@@ -93,7 +93,6 @@ class ServeShare:
     def socket_properties(self) -> Properties:
         return {
             **_common(self.vm, f"Socket of share {self.share.tag} of microVM {self.vm}"),
-            **_bound(self.vm),
             # By default a socket stops after all services, when the host shuts down: after the
             # unit that waits, in stopping, for this one. What else the default gives is here.
             "DefaultDependencies": ("b", False),
@@ -170,7 +169,6 @@ class RunOwnScript:
     def properties(self) -> Properties:
         return {
             **_common(self.vm, f"Shares of microVM {self.vm}"),
-            **_bound(self.vm),
             **_command([self.program]),
             "WorkingDirectory": ("s", self.state_directory),
             "LimitNOFILE": ("t", OPEN_FILES),
@@ -539,7 +537,12 @@ def _confined(capabilities: int) -> dict[str, tuple[str, object]]:
 
 
 def _common(vm: str, description: str) -> dict[str, tuple[str, object]]:
-    """What all units of a VM's shares have."""
+    """What all units of a VM's shares have.
+
+    Bound to the unit that made them they are not: systemd would stop them in one transaction with
+    it, but earlier, and a start that comes in between takes back the rest of that. The VM would
+    run without its shares. Who made them stops them.
+    """
     return {
         "Description": ("s", description),
         "Documentation": ("as", ["man:microvm-host(7)"]),
@@ -549,15 +552,6 @@ def _common(vm: str, description: str) -> dict[str, tuple[str, object]]:
         # Gone from systemd's memory as well, failed or not.
         "CollectMode": ("s", "inactive-or-failed"),
     }
-
-
-def _bound(vm: str) -> dict[str, tuple[str, object]]:
-    """What ends a unit with the one that made it, whichever way that ends.
-
-    Not for the virtiofsd behind a socket: stopped while it is about to start, it would let down
-    a hypervisor that has connected already. It ends by itself when the hypervisor has gone.
-    """
-    return {"BindsTo": ("as", [f"microvm-virtiofsd@{vm}.service"])}
 
 
 def _command(argv: list[str]) -> dict[str, tuple[str, object]]:

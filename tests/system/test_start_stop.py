@@ -103,7 +103,10 @@ def test_restarted_twenty_times_as_fast_as_it_goes(toolkit: Toolkit, vm: str) ->
     toolkit.sh(
         f"for i in $(seq 20); do systemctl restart microvm@{vm} || exit 1; done; "
         f"for i in $(seq 20); do systemctl stop microvm@{vm} || exit 1; "
-        f"systemctl start microvm@{vm} || exit 1; done",
+        f"systemctl start microvm@{vm} || exit 1; "
+        # Each of them whole, whatever of the stop before it was taken back.
+        f"test -S /var/lib/microvms/{vm}/{vm}-virtiofs-data.sock || exit 3; "
+        f"test -e /sys/class/net/{vm}a || exit 4; done",
         timeout=120,
     )
     assert toolkit.property(f"microvm@{vm}", "ActiveState") == "active"
