@@ -159,7 +159,7 @@ def no_iommu(host: HostPaths) -> MicrovmHostError:
     elif "IVRS" in tables:
         hint = "the firmware has one: `dmesg | grep -i -e iommu -e AMD-Vi` says why it is not used"
     else:
-        hint = "switch on VT-d (Intel) or the IOMMU (AMD) in the firmware's settings"
+        hint = "switch on VT-d (Intel), the IOMMU (AMD) or the SMMU (Arm) in the firmware"
     return MicrovmHostError(
         "this host has no IOMMU in use, without which no device can be passed through",
         path=host.iommu_groups,

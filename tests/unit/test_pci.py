@@ -100,7 +100,8 @@ def test_no_iommu(sysfs: Sysfs) -> None:
     sysfs.device(CARD, "e1000e")
     assert problems(sysfs, CARD, "nonsense:00:00.0") == [
         "/sys/kernel/iommu_groups: this host has no IOMMU in use, without which no device can be "
-        "passed through; switch on VT-d (Intel) or the IOMMU (AMD) in the firmware's settings"
+        "passed through; switch on VT-d (Intel), the IOMMU (AMD) or the SMMU (Arm) in the "
+        "firmware"
     ]
 
 

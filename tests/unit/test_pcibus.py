@@ -198,7 +198,7 @@ def test_has_iommu(sysfs: Sysfs, tmp_path: Path) -> None:
     [
         (["DMAR", "FACP"], "quiet", "add intel_iommu=on to the kernel's command line and reboot"),
         (["IVRS"], "quiet", "the firmware has one: `dmesg"),
-        ([], "quiet", "switch on VT-d (Intel) or the IOMMU (AMD) in the firmware's settings"),
+        ([], "quiet", "switch on VT-d (Intel), the IOMMU (AMD) or the SMMU (Arm) in the firmware"),
         (["DMAR"], "quiet intel_iommu=off", "remove intel_iommu=off from the kernel's command"),
         (["IVRS"], "amd_iommu=off ro", "remove amd_iommu=off from"),
         (["DMAR"], "iommu=off intel_iommu=on", "remove iommu=off from"),
