@@ -42,14 +42,16 @@ _STOPPED = (
 class Pressed:
     """A power button that was pressed, and the connection by which QEMU tells what came of it."""
 
-    def __init__(self, stream: _Stream, remark: str = "") -> None:
+    def __init__(self, stream: _Stream, remark: str = "", *, tells: bool = False) -> None:
         self._stream = stream
+        # What comes over HTTP is no event, whatever it looks like.
+        self._tells = tells
         # Why the guest may not react, if that is known.
         self.remark = remark
 
     def heard(self) -> str | None:
         """How the guest ended, as far as the hypervisor has said so by now: one of the words."""
-        return self._stream.ending()
+        return self._stream.ending() if self._tells else None
 
     def close(self) -> None:
         self._stream.close()
@@ -69,7 +71,7 @@ def press(protocol: str, path: str, within: float) -> Pressed:
     stream = _Stream(path, time.monotonic() + within)
     try:
         if protocol == "qmp":
-            return Pressed(stream, _press_by_qmp(stream))
+            return Pressed(stream, _press_by_qmp(stream), tells=True)
         if protocol == "cloud-hypervisor":
             # docs/api.md of cloud-hypervisor.
             _put(stream, "/api/v1/vm.power-button")
@@ -81,7 +83,9 @@ def press(protocol: str, path: str, within: float) -> Pressed:
         return Pressed(stream)
     except OSError as error:
         stream.close()
-        reason = "does not answer" if isinstance(error, TimeoutError) else error.strerror
+        reason = "does not answer"
+        if not isinstance(error, TimeoutError):
+            reason = f"hung up: {error.strerror}"
         raise MicrovmHostError(f"the hypervisor {reason}", path=path) from error
     except MicrovmHostError:
         stream.close()
@@ -201,15 +205,19 @@ class _Stream:
 
     def ending(self) -> str | None:
         """Take what has arrived since, not waiting, and give the last word on how it ended."""
-        self._socket.settimeout(0)
         try:
+            self._socket.settimeout(0)
             while True:
                 while b"\n" in self._buffer:
                     self.message()
                 self._receive()
-        except (OSError, MicrovmHostError):
-            # Nothing more has come, or nothing that makes sense.
-            return self._ending
+        except OSError:
+            # Nothing more has come.
+            pass
+        except MicrovmHostError:
+            # Whatever comes after nonsense is not asked for.
+            self.close()
+        return self._ending
 
     def close(self) -> None:
         self._socket.close()

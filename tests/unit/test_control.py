@@ -250,7 +250,30 @@ def test_what_is_heard_afterwards_has_an_end(listen: Callable[[Answer], str]) ->
     pressed.close()
 
 
+def test_nothing_is_heard_after_nonsense(listen: Callable[[Answer], str]) -> None:
+    after = [shutdown("guest-shutdown"), ["nonsense"], shutdown("guest-reset")]
+    pressed = control.press("qmp", listen(fake_qemu([], *after)), WITHIN)
+    time.sleep(0.1)
+    assert [pressed.heard(), pressed.heard()] == ["powered-off", "powered-off"]
+    pressed.close()
+
+
 # ---- HTTP
+
+
+def test_over_http_nothing_is_an_event(listen: Callable[[Answer], str]) -> None:
+    answer = b"HTTP/1.1 204\n" + json.dumps(shutdown("guest-reset")).encode() + b"\n"
+    pressed = control.press("firecracker", listen(fake_http([], answer)), WITHIN)
+    time.sleep(0.1)
+    assert pressed.heard() is None
+    pressed.close()
+
+
+def test_one_that_hangs_up_before_it_is_asked(listen: Callable[[Answer], str]) -> None:
+    path = listen(lambda client: client.close())
+    with pytest.raises(MicrovmHostError, match="the hypervisor hung up"):
+        for _ in range(20):
+            control.press("firecracker", path, WITHIN)
 
 
 def fake_http(heard: list[bytes], answer: bytes) -> Answer:
