@@ -66,9 +66,12 @@ class Record:
         try:
             # Not waiting, which opening a FIFO would, and following no link: we make neither.
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-            with open(os.open(self.path, flags), encoding="utf-8", newline="\n") as source:
-                if not stat.S_ISREG(os.fstat(source.fileno()).st_mode):
-                    raise MicrovmHostError("the record is no regular file", path=self.path)
+            descriptor = os.open(self.path, flags)
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                # Before a file is made of it, which it would not be of a directory.
+                os.close(descriptor)
+                raise MicrovmHostError("the record is no regular file", path=self.path)
+            with open(descriptor, encoding="utf-8", newline="\n") as source:
                 # A line without its end was being written when its writer was killed: the step
                 # that it announces was not taken.
                 return [line[:-1].split("\t") for line in source if line.endswith("\n")]

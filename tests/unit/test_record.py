@@ -137,8 +137,10 @@ def test_what_is_no_file_is_not_read(record: Record, tmp_path: Path, kind: str) 
         os.mkdir(record.path)
         with pytest.raises(MicrovmHostError, match="cannot be removed"):
             record.clear()
+    before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(MicrovmHostError, match=r"cannot be read|is no regular file"):
         record.read()
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_some_lines_are_kept(record: Record) -> None:
