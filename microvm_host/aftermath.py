@@ -82,7 +82,7 @@ class End:
 
     def kind(self, said: str | None) -> str | None:
         """What the guest did, by the hypervisor's words or exit status; None if it does not say."""
-        if self.code != "exited" or not self.status.isdigit():
+        if self.code != "exited" or not names.is_number(self.status):
             return None
         return (said if self.is_clean else None) or _STATUSES.get(
             (self.hypervisor, int(self.status))
@@ -184,13 +184,19 @@ def _starts_again(restart: str, end: End, *, is_failure: bool) -> bool:
 
 def _ran(unit: dict[str, str]) -> float:
     """How many seconds the VM ran, from when it counted as started; 0 if it never did."""
-    began, exited = (
-        int(unit[f"{event}TimestampMonotonic"] or 0) for event in ("ActiveEnter", "ExecMainExit")
+    began, started, exited = (
+        _number(unit[f"{event}TimestampMonotonic"])
+        for event in ("ActiveEnter", "ExecMainStart", "ExecMainExit")
     )
-    if began < int(unit["ExecMainStartTimestampMonotonic"] or 0):
+    if began < started:
         # That was a former run.
         return 0.0
     return max(exited - began, 0) / 1e6
+
+
+def _number(text: str) -> int:
+    """What systemd says of a time; 0 if it does not know."""
+    return int(text) if names.is_number(text) else 0
 
 
 def _pending_job(name: str) -> str:
@@ -223,9 +229,15 @@ def wait_for_turn(ends: Record, first_delay: float) -> None:
     lines = ends.read()
     if not lines:
         return
-    _, at, what = lines[-1]
     delay = min(first_delay * 2 ** min(len(lines) - 1, 32), max(LONGEST_DELAY, first_delay))
-    until = float(at) + delay
+    now = time.clock_gettime(time.CLOCK_BOOTTIME)
+    match lines[-1]:
+        case ["end", at, what] if names.is_number(at.replace(".", "", 1)):
+            # Not what is yet to come, or it would be waited for as well.
+            until = min(float(at), now) + delay
+        case strange:
+            log.warning(str(ends.strange(strange)))
+            return
     while (rest := until - time.clock_gettime(time.CLOCK_BOOTTIME)) > 0:
         log.notify(
             f"STATUS=Starts again in {rest:.0f} s, since {what}"

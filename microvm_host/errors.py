@@ -46,6 +46,11 @@ class MicrovmHostError(Exception):
         return f"{where}{self.message}" + (f"; {self.hint}" if self.hint else "")
 
 
+def one_line(text: str) -> str:
+    """Text of others, such as a program's complaint, as a part of an error's one line."""
+    return " ".join("".join(each if each.isprintable() else " " for each in text).split())
+
+
 class PackageError(MicrovmHostError):
     """A runner package that breaks the contract: exit code 78."""
 

@@ -12,6 +12,7 @@ import select
 import time
 
 from . import log, names, process
+from .errors import MicrovmHostError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,20 +24,23 @@ BEGINS_WITHIN = 5.0  # seconds
 LOOK_EVERY = 1.0  # seconds
 
 
-def patience(environment: str, defaults: Mapping[str, float]) -> float:
+def patience(
+    environment: str,
+    defaults: Mapping[str, float],
+    seconds: Callable[[str], float | None],
+) -> float:
     """How many seconds a stop may take, by the unit's Environment= as systemd shows it.
 
     Args:
         defaults: the variables of the times that a stop consists of, with what each is unset.
+        seconds: reads one; None if it is no time that the stop itself would take.
     """
     found = dict(defaults)
     for word in environment.split():
         key, _, value = word.strip("\"'").partition("=")
         if key in found:
-            try:
-                found[key] = float(value)
-            except ValueError:
-                found[key] = defaults[key]
+            time_given = seconds(value)
+            found[key] = defaults[key] if time_given is None else time_given
     return sum(found.values())
 
 
@@ -56,7 +60,10 @@ def watch(vm: str, within: float, look: Callable[[], Mapping[str, str]]) -> None
     while True:
         found = look()
         elapsed = time.monotonic() - began
-        if found["ActiveState"] == "deactivating":
+        state = found.get("ActiveState")
+        if not state:
+            raise MicrovmHostError(f"systemd does not tell the state of {unit}")
+        if state == "deactivating":
             is_stopping = True
             if elapsed > within:
                 # Again and again: it may have made new processes.
@@ -67,20 +74,21 @@ def watch(vm: str, within: float, look: Callable[[], Mapping[str, str]]) -> None
                 process.output(["systemctl", "kill", "--signal=KILL", "--", unit])
         elif (
             is_stopping
-            or found["ActiveState"] in ("inactive", "failed")
+            or state in ("inactive", "failed")
             or not found.get("Job")
             or elapsed > BEGINS_WITHIN
         ):
             # It has stopped, or is about to start again, or ended by itself.
             return
-        _wait(int(found["MainPID"]))
+        main = found.get("MainPID", "")
+        _wait(int(main) if names.is_number(main) else 0)
 
 
 def _wait(pid: int) -> None:
     """Wait for a process to end, or for a while."""
     try:
         main = os.pidfd_open(pid)
-    except (OSError, ValueError):
+    except (OSError, ValueError, OverflowError):
         # Gone already: what is left takes a moment.
         time.sleep(LOOK_EVERY / 20)
         return

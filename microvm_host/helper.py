@@ -92,7 +92,7 @@ def unset_booted(name: str, host: HostPaths) -> None:
     # Last: what the VM's user has put in its place is not to keep the records.
     try:
         os.unlink(host.booted(name))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         pass
 
 
@@ -239,10 +239,12 @@ def _listener(name: str, host: HostPaths) -> Listener | None:
     from . import readiness, record
 
     match notify := _booted(name, host, "notify"):
-        case ["vsock", port, cid, kind]:
+        case ["vsock", port, cid, kind] if names.is_number(port) and names.is_number(cid):
             address = readiness.Address("", int(port), int(cid), kind == "stream")
         case ["unix", path]:
             address = readiness.Address(path)
+        case [_, *_]:
+            raise _booted_record(name, host).strange(["notify", *notify])
         case _:
             raise MicrovmHostError(
                 "MICROVM_READINESS=guest, but the package gives the guest no vsock",
@@ -256,10 +258,13 @@ def _listener(name: str, host: HostPaths) -> Listener | None:
             if vm != name
         ]
 
-    timeout = _booted(name, host, "start-timeout")
-    return readiness.Listener(
-        address, timeout=float(timeout[0]) if timeout else None, others=others
-    )
+    timeout = None
+    match _booted(name, host, "start-timeout"):
+        case [seconds] if names.is_number(seconds.replace(".", "", 1)):
+            timeout = float(seconds)
+        case [*fields] if fields:
+            raise _booted_record(name, host).strange(["start-timeout", *fields])
+    return readiness.Listener(address, timeout=timeout, others=others)
 
 
 def _run_until_ready(
@@ -340,9 +345,12 @@ def _shut_down(name: str, main_pid: int, host: HostPaths) -> None:
     script = f"{os.path.realpath(host.booted(name))}/{MICROVM_SHUTDOWN}"
     if os.path.exists(script):
         ways.append(hypervisor.Script(script))
-    control = _booted(name, host, "control")
-    if control:
-        ways.append(hypervisor.Button(*control))
+    match control := _booted(name, host, "control"):
+        case [protocol, path]:
+            ways.append(hypervisor.Button(protocol, path))
+        case [_, *_]:
+            # Its end does not hang on that.
+            log.warning(str(_booted_record(name, host).strange(["control", *control])))
     default = hypervisor.Times()
     times = hypervisor.Times(
         guest=_seconds("MICROVM_SHUTDOWN_SECONDS", default.guest),
@@ -358,7 +366,8 @@ def ended(name: str, host: HostPaths) -> int:
 
     said = None
     event_log = _booted(name, host, "event-log")
-    end = aftermath.End.from_environment(*_booted(name, host, "hypervisor"))
+    kind = "".join(_booted(name, host, "hypervisor")) or "the hypervisor"
+    end = aftermath.End.from_environment(kind)
     if event_log and end.is_clean:
         said = _last_words(f"{host.vm(name)}/{event_log[0]}", _identity(name, host))
     limit = _number("MICROVM_RESTART_LIMIT", aftermath.LIMIT)
@@ -396,6 +405,7 @@ def guard(name: str, host: HostPaths) -> None:
     patience = guard.patience(
         environment,
         {"MICROVM_SHUTDOWN_SECONDS": times.guest, "MICROVM_TERMINATE_SECONDS": times.terminate},
+        _as_seconds,
     )
     guard.watch(name, patience + GUARD_WAITS, lambda: systemd.show(unit, *guard.PROPERTIES))
 
@@ -413,19 +423,27 @@ def install(name: str, host: HostPaths) -> None:
 def _seconds(variable: str, default: float) -> float:
     """A time of the environment, which may be too long for anybody to wait, but is one."""
     text = os.environ.get(variable, "")
-    try:
-        seconds = float(text) if text else default
-        if not 0.1 <= seconds <= SECONDS_MAX:
-            raise ValueError
-    except ValueError:
+    if not text:
+        return default
+    seconds = _as_seconds(text)
+    if seconds is None:
         log.warning(f"{variable}={text!r} is no time in seconds: {default:g} it is")
         return default
     return seconds
 
 
+def _as_seconds(text: str) -> float | None:
+    try:
+        seconds = float(text)
+    except ValueError:
+        return None
+    # False for `nan` as well.
+    return seconds if 0.1 <= seconds <= SECONDS_MAX else None
+
+
 def _number(variable: str, default: int) -> int:
     text = os.environ.get(variable, "")
-    if not text or (text.isascii() and text.isdigit() and len(text) < 10):
+    if not text or (names.is_number(text) and len(text) < 10):
         return int(text or default)
     log.warning(f"{variable}={text!r} is no number: {default} it is")
     return default
@@ -454,7 +472,7 @@ def _identity(name: str, host: HostPaths) -> Identity:
             f"microvm-set-booted@{name} has not run", path=_booted_record(name, host).path
         )
     match fields:
-        case [user, uid, group, gid] if uid.isdecimal() and gid.isdecimal():
+        case [user, uid, group, gid] if names.is_number(uid) and names.is_number(gid):
             return Identity(user, int(uid), group, int(gid))
     raise _booted_record(name, host).strange(["user", *fields])
 

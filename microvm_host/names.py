@@ -33,6 +33,11 @@ USER_NAME_MAX = 31
 MACVTAP_MODES = ("private", "vepa", "bridge", "passthru", "source")
 
 
+def is_number(text: str) -> bool:
+    """Whether a text is a number as programs write one: plain digits, and not too many."""
+    return 0 < len(text) <= 20 and _DIGITS.issuperset(text)
+
+
 def vm_name(text: str) -> str:
     """Check the name of a VM, which is a directory and a unit's instance at once."""
     if not text:

@@ -258,6 +258,32 @@ def test_no_delay_where_enough_time_has_passed(
 
 
 @pytest.mark.parametrize(
+    "line", [("end", "990"), ("end", "soon", "x"), ("end", "inf", "x"), ("other", "1", "x")]
+)
+def test_a_damaged_record_holds_up_nothing(
+    ends: Record,
+    said: list[str],
+    slept: list[float],
+    line: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    warned: list[str] = []
+    monkeypatch.setattr(log, "warning", warned.append)
+    ends.append(*line)
+    aftermath.wait_for_turn(ends, 5.0)
+    assert (slept[0], said, len(warned)) == (1000.0, [], 1)
+    assert "is no line of this record" in warned[0]
+
+
+def test_an_end_yet_to_come_is_not_waited_for(
+    ends: Record, said: list[str], slept: list[float]
+) -> None:
+    ends.append("end", "99999.0", "x")
+    aftermath.wait_for_turn(ends, 5.0)
+    assert slept[0] == pytest.approx(1005)
+
+
+@pytest.mark.parametrize(
     ("job", "result", "kept"),
     [("start", "success", 1), ("", "success", 0), ("start", "exit-code", 0)],
 )

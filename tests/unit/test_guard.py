@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 import pytest
 
-from microvm_host import guard, process
+from microvm_host import guard, helper, process
+from microvm_host.errors import MicrovmHostError
 
 UNIT = "microvm@web.service"
 
@@ -43,10 +44,13 @@ def states(*states: str, pid: int = 0) -> Callable[[], dict[str, str]]:
         ("MICROVM_SHUTDOWN_SECONDS=1 MICROVM_SHUTDOWN_SECONDS=2", 2),
         ("MICROVM_SHUTDOWN_SECONDS=soon", 90),
         ("XMICROVM_SHUTDOWN_SECONDS=1", 90),
+        # What the stop itself would not take either: it must not be watched over for ever.
+        *((f"MICROVM_SHUTDOWN_SECONDS={text}", 90) for text in ("nan", "inf", "-5", "0", "1e9")),
     ],
 )
 def test_patience(environment: str, seconds: float) -> None:
-    assert guard.patience(environment, {"MICROVM_SHUTDOWN_SECONDS": 90}) == seconds
+    defaults = {"MICROVM_SHUTDOWN_SECONDS": 90.0}
+    assert guard.patience(environment, defaults, helper._as_seconds) == seconds
 
 
 @pytest.mark.parametrize(
@@ -87,6 +91,19 @@ def test_it_does_not_kill_what_was_not_told_to_stop(
     # It ended by itself, and waits to be started again.
     guard.watch("web", -1, lambda: {"ActiveState": "activating", "MainPID": "0"})
     assert killed == []
+
+
+@pytest.mark.parametrize("pid", [None, "", "x", "9" * 19, "9" * 5000])
+def test_it_goes_on_without_a_main_process(killed: list[list[str]], pid: str | None) -> None:
+    main = {} if pid is None else {"MainPID": pid}
+    found = iter(("deactivating", "deactivating", "inactive"))
+    guard.watch("web", 60, lambda: {"ActiveState": next(found), **main})
+    assert killed == []
+
+
+def test_a_systemd_that_does_not_tell() -> None:
+    with pytest.raises(MicrovmHostError, match="does not tell the state of microvm@web"):
+        guard.watch("web", 60, dict)
 
 
 def test_it_sees_the_main_process_end_at_once(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from microvm_host import helper, pci, state, systemd, trust
+from microvm_host import helper, hypervisor, pci, state, systemd, trust
 from microvm_host.errors import MicrovmHostError
 from microvm_host.identity import Identity
 from microvm_host.paths import HostPaths
@@ -239,6 +239,40 @@ def test_whom_it_runs_as_is_damaged(
     os.makedirs(host.vm("web"))
     packages.minimal(Path(host.booted("web")))
     assert run("tap-interfaces-up", "web") == 1
+    assert "is no line of this record" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(("notify", "vsock", "x", "3", "stream"), ("notify", "vsock", "9" * 5000, "3", "stream")),
+        *(("notify", "vsock"), ("notify", "other", "1"), ("start-timeout", "nan")),
+        ("start-timeout", "1", "2"),
+    ],
+)
+def test_how_it_is_waited_for_is_damaged(
+    host: HostPaths,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    line: tuple[str, ...],
+) -> None:
+    monkeypatch.setenv("MICROVM_READINESS", "guest")
+    monkeypatch.setenv("NOTIFY_SOCKET", "none")
+    Record(host.record("web", "booted")).append(*line)
+    Record(host.record("web", "booted")).append("notify", "unix", "notify.sock")
+    assert run("start", "web") == 1
+    assert "is no line of this record" in capsys.readouterr().err
+
+
+def test_how_it_is_stopped_is_damaged(
+    host: HostPaths, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(hypervisor, "stop", lambda pid, ways, times: asked.append(ways))
+    monkeypatch.setenv("MAINPID", "42")
+    Record(host.record("web", "booted")).append("control", "qmp", "web.sock", "more")
+    assert run("stop", "web") == 0
+    assert asked == [[]]
     assert "is no line of this record" in capsys.readouterr().err
 
 
