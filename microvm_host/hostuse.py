@@ -115,10 +115,13 @@ def _uses(host: HostPaths) -> Iterator[tuple[str, str]]:
 
 
 def _unescaped(mount_point: str) -> str:
-    """A mount point as it is called: mountinfo writes space, tab, `\\` and line breaks in octal."""
+    """A mount point as it is called: mountinfo writes space, tab, `\\` and line breaks in octal.
+
+    Whoever may mount chose the name, and it must not command a terminal.
+    """
     for code in ("040", "011", "012", "134"):
         mount_point = mount_point.replace(f"\\{code}", chr(int(code, 8)))
-    return mount_point
+    return mount_point if mount_point.isprintable() else repr(mount_point)
 
 
 def _named(path: str, numbers: dict[str | None, str], host: HostPaths) -> str | None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from _socket import AF_UNIX, SOCK_CLOEXEC, SOCK_STREAM, socket
 
 from . import process
-from .errors import MicrovmHostError
+from .errors import MicrovmHostError, one_line
 from .frozen import frozen
 
 TYPE_CHECKING = False
@@ -154,9 +154,8 @@ def _forget_earlier(machine: Machine, host: HostPaths, *, by_varlink: bool) -> N
     )
     found = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
     if (found.get("Unit"), found.get("Service")) != (machine.unit, SERVICE):
-        raise MicrovmHostError(
-            f"there is a machine {machine.name} already, of {found.get('Unit') or 'no unit'}"
-        )
+        holder = one_line(found.get("Unit", "")) or "no unit"
+        raise MicrovmHostError(f"there is a machine {machine.name} already, of {holder}")
     if by_varlink:
         _varlink("Unregister", f'{{"name":"{machine.name}"}}', host)
     else:
@@ -187,7 +186,7 @@ def _varlink(method: str, parameters: str, host: HostPaths) -> None:
         ) from error
     text = answer.partition(b"\0")[0].decode(errors="replace")
     if b"\0" not in answer or '"error"' in text:
-        raise MicrovmHostError(f"systemd-machined refuses: {text[:400] or 'no answer'}")
+        raise MicrovmHostError(f"systemd-machined refuses: {one_line(text[:400]) or 'no answer'}")
 
 
 def _connected(host: HostPaths) -> socket:

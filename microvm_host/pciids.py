@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 
+from .errors import one_line
 from .frozen import frozen
 
 TYPE_CHECKING = False
@@ -92,7 +93,7 @@ class Names:
             end = len(self._text)
         after = _NEXT_SECTION.search(self._text, end)
         name = self._text[begin + len(key) + 3 : end]
-        return name.strip(), self._text[end : after.start() if after else len(self._text)]
+        return one_line(name), self._text[end : after.start() if after else len(self._text)]
 
 
 def _entry(lines: str, key: str) -> str:
@@ -100,4 +101,4 @@ def _entry(lines: str, key: str) -> str:
     begin = lines.find(f"\n\t{key}  ")
     if begin < 0:
         return ""
-    return lines[begin + 2 :].split("\n", 1)[0][len(key) :].strip()
+    return one_line(lines[begin + 2 :].split("\n", 1)[0][len(key) :])

@@ -37,7 +37,8 @@ class Row:
 
 def rows(host: HostPaths, known: Names) -> list[Row]:
     """All devices of the host, by address."""
-    held = {address: vm for vm in entries(host.records) for address in _has(vm, host)}
+    vms = filter(names.is_vm_name, entries(host.records))
+    held = {address: vm for vm in vms for address in _has(vm, host)}
     wanted = _wanted(host)
     return [
         Row(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from .errors import MicrovmHostError
+from .errors import MicrovmHostError, one_line
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def output(argv: list[str], *, errors: bool = False) -> str:
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     text = b"".join(chunks).decode(errors="replace")
     if code:
-        said = f": {text.strip()}" if errors and text.strip() else ""
+        said = f": {one_line(text)}" if errors and text.strip() else ""
         raise MicrovmHostError(f"`{' '.join(argv)}` failed with {code}{said}")
     return text
 

@@ -81,7 +81,7 @@ class TestDisks:
 
     def test_place_with_odd_characters(self, sysfs: Sysfs) -> None:
         sysfs.mount("/a\\040b\\134040\\011", "8:2", "/dev/sda2")
-        assert reasons(sysfs) == ["its disk sda2 holds /a b\\040\t"]
+        assert reasons(sysfs) == [r"its disk sda2 holds '/a b\\040\t'"]
 
     def test_lvm_over_md_over_partition(self, sysfs: Sysfs) -> None:
         sysfs.disk("md0", (9, 0))

@@ -154,6 +154,7 @@ def test_by_varlink_without_vsock(start: Start, host: HostPaths) -> None:
         ),
         (b"", "refuses: no answer"),
         (b"half an ans", "refuses: half an ans"),
+        (b"\x1b[2J\nhalf\xffan\nans", "refuses: [2J half�an ans"),
         (b"\0", None),
         # An answer without end is not read to it.
         (b"x" * (machined.ANSWER_MAX + 10000), "refuses: xxxx"),

@@ -136,6 +136,20 @@ def test_a_list_that_ends_anywhere(host: HostPaths, text: str) -> None:
     assert row.name.kind in ("Ethernet controller", "network")
 
 
+def test_a_list_that_commands_terminals(host: HostPaths) -> None:
+    write(host.pci_ids_places()[0], "8086  In\x1b[2Jtel\x85\n\t10d3  a\x07b\r\n")
+    device(host, "0000:01:00.0", "8086:10d3", "020000", "3")
+    (row,) = pcilisting.rows(host, Names(host))
+    assert (row.name.vendor, row.name.device) == ("In [2Jtel", "a b")
+
+
+def test_a_record_of_no_vm(host: HostPaths) -> None:
+    device(host, "0000:01:00.0", "8086:10d3", "020000", "3")
+    write(host.record("a\nb", "pci-devices"), "device\t0000:01:00.0\n")
+    (row,) = pcilisting.rows(host, Names(host))
+    assert row.holder is None
+
+
 def test_no_names(host: HostPaths) -> None:
     device(host, "0000:01:00.0", "8086:10d3", "020000", "3", "e1000e")
     assert not Names(host).are_known

@@ -37,6 +37,12 @@ def test_program_that_fails(argv: list[str], message: str) -> None:
     assert message in str(caught.value)
 
 
+def test_what_a_program_complains_of_is_told_in_one_line() -> None:
+    with pytest.raises(MicrovmHostError) as caught:
+        process.output(["sh", "-c", r"printf 'oh\n\033[2Jno\n\n' >&2; exit 1"], errors=True)
+    assert str(caught.value).endswith("failed with 1: oh [2Jno")
+
+
 def ignore(seconds: float) -> None:
     raise AssertionError(f"asked to wait after {seconds} s")
 
