@@ -146,10 +146,19 @@ def _lost(name: str, active: dict[str, str], host: HostPaths) -> tuple[str, ...]
     return tuple(
         dict.fromkeys(
             tag
-            for _, tag in Record(host.record(name, "lost-shares")).read()
+            for tag in _recorded_losses(name, host)
             if active.get(names.share_unit(name, tag, ".service")) != "active"
         )
     )
+
+
+def _recorded_losses(name: str, host: HostPaths) -> list[str]:
+    try:
+        lines = Record(host.record(name, "lost-shares")).read()
+    except MicrovmHostError:
+        # The list of all VMs is not to fail for it.
+        return []
+    return [line[1] for line in lines if len(line) == 2 and line[1].isprintable()]
 
 
 def _row(

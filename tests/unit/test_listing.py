@@ -231,3 +231,11 @@ def test_a_package_whose_path_commands_the_terminal(scene: Scene) -> None:
     (line,) = text(scene, "sly").splitlines()
     assert line.isprintable()
     assert "\\x1b[2J\\tb" in line
+
+
+def test_a_damaged_record_of_lost_shares_hides_no_vm(host: HostPaths) -> None:
+    for line in (("share", "a", "more"), ("share",), ("share", "\x1b[2J"), ("",), ("share", "b")):
+        Record(host.record("web", "lost-shares")).append(*line)
+    assert listing._lost("web", {}, host) == ("b",)
+    Path(host.record("web", "lost-shares")).write_bytes(b"\xff\n")
+    assert listing._lost("web", {}, host) == ()
