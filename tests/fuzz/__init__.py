@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Fuzzing of everything that root reads: packages, declarations, records, names.
+"""Fuzzing of everything that root reads, and of what guests and hypervisors say to it.
+
+That is packages, declarations, records, names, state directories, answers on control sockets, event
+logs, notifications, what systemctl and machined answer, and lists of devices and mounts.
 
 `make fuzz` runs a million inputs, `make check` some hundreds of each target, the same each time.
 Inputs are kept ones (`corpus/TARGET/`), changed at random but with knowledge of what they consist

@@ -2,9 +2,9 @@
 """Runs a target with many inputs, and says which of them it did not bear.
 
 A finding is: an exception that is none of the target's clean ones; one that is clean but cannot be
-shown in one line; anything that takes longer than SECONDS; more memory than MEMORY; and anything
-done to the machine outside of the scratch directory. The latter is seen by an audit hook
-(PEP 578), which refuses it, so that nothing comes of it.
+shown in one line; anything that takes longer than SECONDS; more memory than MEMORY; a descriptor
+that is left open; and anything done to the machine outside of the scratch directory. The latter is
+seen by an audit hook (PEP 578), which refuses it, so that nothing comes of it.
 """
 
 from __future__ import annotations
@@ -46,6 +46,31 @@ class Hung(BaseException):
 
 class Broken(AssertionError):
     """What the target gave is not what it promises."""
+
+
+def promise(is_kept: bool, what: str) -> None:
+    """Raise Broken where a target does not keep what it promises."""
+    if not is_kept:
+        raise Broken(what)
+
+
+def read_input(root: str) -> bytes:
+    """What a target of single files is fed with."""
+    with open(f"{root}/input", "rb") as file:
+        return file.read()
+
+
+@contextmanager
+def replaced(*parts: tuple[object, str, object]) -> Iterator[None]:
+    """Have other values for some attributes of modules and classes, each (WHOSE, NAME, VALUE)."""
+    former = [getattr(whose, name) for whose, name, _ in parts]
+    for whose, name, value in parts:
+        setattr(whose, name, value)
+    try:
+        yield
+    finally:
+        for (whose, name, _), value in zip(parts, former, strict=True):
+            setattr(whose, name, value)
 
 
 @dataclass(frozen=True)
@@ -118,8 +143,10 @@ _CHANGES = {
     **{"os.rename": (0, 1), "os.link": (0, 1), "os.symlink": (1,), "shutil.rmtree": (0,)},
 }
 _NEVER = frozenset(
-    ("os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.kill")
-    + ("subprocess.Popen", "socket.connect", "socket.bind", "socket.sendto", "socket.sendmsg")
+    # Sockets by their names are left alone where these are paths: see below.
+    ("socket.connect", "socket.bind")
+    + ("os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.kill")
+    + ("subprocess.Popen", "socket.sendto", "socket.sendmsg")
     + ("fcntl.ioctl", "os.killpg", "ctypes.dlopen", "os.chroot", "os.putenv", "os.unsetenv")
 )
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -134,6 +161,9 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
         # Descriptors are opened by their number once more; what they are was asked before.
         if isinstance(arguments[0], str | bytes) and arguments[2] & _WRITES:
             places = (0,)
+    elif event in ("socket.connect", "socket.bind") and isinstance(arguments[1], str):
+        # A UNIX socket's, whose name begins with NUL where it is none of a file.
+        places = (1,)
     elif event in _NEVER:
         _is_armed = False
         raise Escaped(f"{event} {arguments!r}")
@@ -144,9 +174,11 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
         if isinstance(path, str | bytes | os.PathLike):
             _is_armed = False
             text = os.fsdecode(path)
+            if "\0" in text:
+                raise Escaped(f"{event} {text!r}")
             # What the last part leads to counts for what is opened, and not for the rest.
             parent = os.path.realpath(os.path.dirname(text) or ".")
-            whole = os.path.realpath(text) if event == "open" else parent
+            whole = os.path.realpath(text) if event in ("open", "socket.connect") else parent
             if not f"{whole}/".startswith(f"{_scratch}/"):
                 raise Escaped(f"{event} {text!r}")
             _is_armed = True
@@ -213,14 +245,19 @@ def try_one(target: Target, tree: Tree, scratch: str) -> tuple[bool, Finding | N
     inputs.write(tree, root)
     refused = False
     caught: tuple[BaseException, str] | None = None
+    # The least number that is free: what stays open takes it.
+    free = _free_descriptor()
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     _is_armed = True
     try:
         target.run(root)
+        promise(_free_descriptor() <= free, "leaves a descriptor open")
     except target.clean as error:
         refused = True
         if not str(error).isprintable():
             caught = error, f"not one line: {error!s:.200}"
+        elif _free_descriptor() > free:
+            caught = error, "Broken: leaves a descriptor open"
     except KeyboardInterrupt:
         raise
     except BaseException as error:
@@ -233,11 +270,17 @@ def try_one(target: Target, tree: Tree, scratch: str) -> tuple[bool, Finding | N
         return refused, None
     broken, what = caught
     stack = traceback.extract_tb(broken.__traceback__)
-    frames = [frame for frame in stack if frame.name != "_promise"]
+    frames = [frame for frame in stack if frame.name != "promise"]
     ours = [frame for frame in frames if frame.filename.startswith(CODE)] or frames
     where = f"{ours[-1].filename.removeprefix(CODE)}:{ours[-1].lineno}"
     trace = "".join(traceback.format_exception(broken))
     return refused, Finding(target.name, tree, what, where, trace)
+
+
+def _free_descriptor() -> int:
+    descriptor = os.dup(0)
+    os.close(descriptor)
+    return descriptor
 
 
 def kept(target: Target) -> list[Tree]:

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
 """The readers that are fuzzed.
 
-A new one, such as of what a control socket answers or of messages to $NOTIFY_SOCKET:
+A new one:
 
 1. write a function that takes the scratch directory, reads the input from `ROOT/input` (or, if it
    is a tree, from the files below ROOT), feeds the reader, and raises Broken if what that gives is
-   not what it promises; for answers on a socket, give it the bytes by `socketpair`;
+   not what it promises; those that listen to a socket are in `peers`, and those that ask the host
+   in `hosts`;
 2. add it to TARGETS, with the exceptions by which it may refuse, and the words of its language;
 3. put a few right inputs into `corpus/NAME/`;
 4. `python -m tests.fuzz NAME --grow` adds those that reach other lines of code.
@@ -18,13 +19,19 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from math import isfinite
+from types import SimpleNamespace
 
 from microvm_host import (
+    adopt,
+    aftermath,
+    control,
     declaration,
     generator,
     helper,
+    hypervisor,
     interfaces,
     links,
     listing,
@@ -32,32 +39,26 @@ from microvm_host import (
     names,
     pci,
     process,
+    readiness,
     reconcile,
     runner,
     shares,
     source,
     state,
     systemd,
+    trust,
 )
 from microvm_host.errors import DeclarationError, MicrovmHostError, NameInvalid, PackageError
-from microvm_host.paths import HostPaths
+from microvm_host.identity import Identity
+from microvm_host.paths import OPENED, HostPaths
 from microvm_host.record import Record
 from microvm_host.runner import Package
 from microvm_host.shares import Virtiofsd
 
-from .engine import Broken, Target
+from . import hosts, peers
+from .engine import Broken, Target, promise, read_input, replaced
 
 VM = "web"
-
-
-def _promise(is_kept: bool, what: str) -> None:
-    if not is_kept:
-        raise Broken(what)
-
-
-def _read(root: str) -> bytes:
-    with open(f"{root}/input", "rb") as file:
-        return file.read()
 
 
 # ---- names
@@ -70,24 +71,27 @@ _CHECKS = (
 
 def _names(root: str) -> None:
     # As names of files and arguments are decoded.
-    text = os.fsdecode(_read(root))
+    text = os.fsdecode(read_input(root))
     refused: list[NameInvalid] = []
     for check in _CHECKS:
         try:
             name = check(text)
         except NameInvalid as error:
             refused.append(error)
-            _promise(str(error).isprintable(), f"{check.__name__}: {error!s}")
+            promise(str(error).isprintable(), f"{check.__name__}: {error!s}")
             continue
-        _promise(check(name) == name, f"{check.__name__} gives {name!r}, and then another")
-        _promise(name.isprintable(), f"{check.__name__} takes {text!r}")
-        _promise(names.unescape(names.escape(name)) == name, f"{name!r} does not unescape")
+        promise(check(name) == name, f"{check.__name__} gives {name!r}, and then another")
+        promise(name.isprintable(), f"{check.__name__} takes {text!r}")
+        promise(names.unescape(names.escape(name)) == name, f"{name!r} does not unescape")
         if check is names.share_tag:
             unit = names.share_unit(VM, name, ".socket")
-            _promise(names.vm_of_share_unit(unit) == VM, f"{unit} is of nobody")
+            promise(names.vm_of_share_unit(unit) == VM, f"{unit} is of nobody")
     names.unescape(text)
+    with suppress(NameInvalid):
+        vm_and_tag = names.share_of(text)
+        promise(all(map(str.isprintable, vm_and_tag)), f"it is of {vm_and_tag}")
     vm = names.vm_of_share_unit(text)
-    _promise(vm is None or names.is_vm_name(vm), f"{text!r} is of {vm!r}")
+    promise(vm is None or names.is_vm_name(vm), f"{text!r} is of {vm!r}")
     reconcile._vm_of(text)
     if len(refused) == len(_CHECKS):
         raise refused[0]
@@ -109,20 +113,20 @@ def _declaration(root: str) -> None:
         declared = declaration.load(host.declaration(VM))
     except DeclarationError as error:
         # Not in the same words: how deep it may nest depends on how deep it was called.
-        _promise(len(refused) == 1, "the generator takes what does not load")
-        _promise(str(error).startswith(error.path or "?"), f"it is about {error}")
-        _promise(os.listdir(f"{root}/out") == [], "the generator acts on what it refused")
+        promise(len(refused) == 1, "the generator takes what does not load")
+        promise(str(error).startswith(error.path or "?"), f"it is about {error}")
+        promise(os.listdir(f"{root}/out") == [], "the generator acts on what it refused")
         raise
-    _promise(not refused, "the generator refuses what loads")
-    _promise(declared.name == VM, f"its name is {declared.name!r}")
-    _promise(declared.source.checked() == declared.source, "its source is none")
+    promise(not refused, "the generator refuses what loads")
+    promise(declared.name == VM, f"its name is {declared.name!r}")
+    promise(declared.source.checked() == declared.source, "its source is none")
     for directory, _, files in os.walk(f"{root}/out"):
         for file in files:
             if not os.path.islink(f"{directory}/{file}"):
                 with open(f"{directory}/{file}", encoding="utf-8") as text:
                     # Each line of a drop-in is one of ours.
                     for line in text.read().split("\n"):
-                        _promise(line.isprintable(), f"{file} has {line!r}")
+                        promise(line.isprintable(), f"{file} has {line!r}")
 
 
 # ---- packages
@@ -133,10 +137,13 @@ def _package(root: str) -> None:
     try:
         package = runner.load(path)
     except PackageError as error:
-        _promise(error.path is not None and error.path.startswith(root), f"it is about {error}")
+        promise(error.path is not None and error.path.startswith(root), f"it is about {error}")
         raise
-    _promise(package.path.startswith(root), f"it lies in {package.path}")
+    promise(package.path.startswith(root), f"it lies in {package.path}")
     _check_package(package, root)
+    with suppress(OSError):
+        # Whoever runs this could change it; those in question, nothing of it.
+        trust.check_package(package.path, Identity("microvm-web", 4242, "microvm-web", 4242))
 
 
 def _check_package(package: Package, root: str) -> None:
@@ -152,9 +159,9 @@ def _check_package(package: Package, root: str) -> None:
         try:
             socket = shares.socket_path(share, directory, package.path)
         except MicrovmHostError as error:
-            _promise(str(error).isprintable(), f"it says {error}")
+            promise(str(error).isprintable(), f"it says {error}")
             continue
-        _promise(
+        promise(
             os.path.normpath(socket) == socket and socket.startswith(f"{directory}/"),
             f"socket {socket!r}",
         )
@@ -162,17 +169,17 @@ def _check_package(package: Package, root: str) -> None:
         for suffix in (".socket", ".service"):
             unit = names.share_unit(VM, share.tag, suffix)
             record.append("unit", unit)
-            _promise(unit.isascii() and unit.isprintable() and len(unit) < 256, f"unit {unit}")
+            promise(unit.isascii() and unit.isprintable() and len(unit) < 256, f"unit {unit}")
         for place in ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd"):
             virtiofsd = Virtiofsd(place, is_legacy="qemu" in place)
             try:
                 argv = shares.virtiofsd_argv(virtiofsd, share, share.source)
             except MicrovmHostError:
                 continue
-            _promise("\0" not in "".join(argv) and "\n" not in "".join(argv[1:]), f"runs {argv}")
+            promise("\0" not in "".join(argv) and "\n" not in "".join(argv[1:]), f"runs {argv}")
     record.read()
     version = listing._version(package.path)
-    _promise(version is not None and version.label.isprintable(), f"version {version}")
+    promise(version is not None and version.label.isprintable(), f"version {version}")
 
 
 # ---- the host: records, and what the hypervisor's user may put into the state directory
@@ -206,23 +213,28 @@ def _host(root: str) -> None:
             with open(f"{host.net_device(name)}/{attribute}", "w") as file:
                 file.write(f"{value}\n")
     refused: list[MicrovmHostError] = []
+    _adopt(host)
+    by = trust.Suspect(4242, frozenset({4242}))
+    for path in (host.vm(VM), host.current(VM)):
+        with suppress(OSError):
+            trust.changeable(path, by)
 
     def attempt(call: object, *arguments: object) -> None:
-        _promise(callable(call), "is no function")
+        promise(callable(call), "is no function")
         try:
             call(*arguments)  # type: ignore[operator]
         except MicrovmHostError as error:
-            _promise(str(error).isprintable(), f"it says {error!s}")
+            promise(str(error).isprintable(), f"it says {error!s}")
             refused.append(error)
 
-    attempt(helper._identity, VM, host)
+    _start_and_end(host)
     attempt(state.check_current, VM, host)
     found = source.remembered(host.vm(VM))
     if found is not None:
         attempt(found.checked)
     for row in listing.rows(host):
         line = listing.as_text(row, lambda _, text: text)
-        _promise(line.isprintable(), f"it lists {line!r}")
+        promise(line.isprintable(), f"it lists {line!r}")
         listing.as_json(row)
     attempt(reconcile.find, host)
     for what, undo in reconcile.UNDO.items():
@@ -231,15 +243,85 @@ def _host(root: str) -> None:
             before = len(record.read())
             problems = undo(record, VM, host)
         except MicrovmHostError as error:
-            _promise(str(error).isprintable(), f"it says {error!s}")
+            promise(str(error).isprintable(), f"it says {error!s}")
             refused.append(error)
             continue
-        _promise(all(map(str.isprintable, problems)), f"it says {problems}")
+        promise(all(map(str.isprintable, problems)), f"it says {problems}")
         # Forgotten only if there is nothing more to do.
-        _promise(bool(problems) <= (len(record.read()) == before), f"{what} is forgotten")
+        promise(bool(problems) <= (len(record.read()) == before), f"{what} is forgotten")
         refused += map(MicrovmHostError, problems)
     if refused:
         raise refused[0]
+
+
+def _adopt(host: HostPaths) -> None:
+    """As if the files of whoever runs this were a former user's."""
+    state = host.vm(VM)
+    if not os.path.isdir(state) or os.path.islink(state):
+        return
+    walk = adopt._Walk(1, Identity("microvm-web", 4242, "microvm-web", 4242))
+    walk.former = os.getuid()
+    directory = os.open(state, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        walk.device = os.fstat(directory).st_dev
+
+        def give(entry: int, status: os.stat_result) -> None:
+            place = os.readlink(f"{OPENED}/{entry}")
+            promise(place.startswith(f"{state}/"), f"gives {place!r} away")
+            promise(stat.S_IFMT(status.st_mode) not in (stat.S_IFBLK, stat.S_IFCHR), "is a device")
+
+        with replaced((walk, "_give", give)):
+            walk.enter(directory, "", 0)
+    finally:
+        os.close(directory)
+    for line in walk.left:
+        promise(line.isprintable(), f"it says {line!r}")
+
+
+def _start_and_end(host: HostPaths) -> None:
+    """What helpers do by the records of a start, which most inputs do not have."""
+    for call in (
+        lambda: helper._identity(VM, host),
+        lambda: helper._listener(VM, "Running", host),
+        lambda: _wait_for_turn(Record(host.record(VM, "ends"))),
+        lambda: helper.stop(VM, host),
+        lambda: helper.ended(VM, host),
+        lambda: helper.unset_booted(VM, host),
+    ):
+        try:
+            call()
+        except (MicrovmHostError, OSError) as error:
+            promise(isinstance(error, OSError) or str(error).isprintable(), f"it says {error!s}")
+
+
+def _wait_for_turn(ends: Record) -> None:
+    began = 1000.0
+    clock = SimpleNamespace(now=began)
+
+    def sleep(seconds: float) -> None:
+        # As much as a whole delay is slept in.
+        clock.now += seconds * 50
+
+    fake = SimpleNamespace(
+        CLOCK_BOOTTIME=0, clock_gettime=lambda _: clock.now, sleep=sleep, monotonic=lambda: began
+    )
+    with replaced((aftermath, "time", fake)):
+        aftermath.wait_for_turn(ends, 5.0)
+    promise(clock.now - began <= aftermath.LONGEST_DELAY + 50, f"waits for {clock.now - began} s")
+
+
+def _listen(
+    address: readiness.Address, *, timeout: float | None, others: Callable[[], object], **_: str
+) -> None:
+    promise(timeout is None or (isfinite(timeout) and timeout >= 0), f"waits for {timeout}")
+    promise(bool(address.path) or address.port >= 0, f"listens at {address}")
+    others()
+
+
+def _note(_name: str, end: aftermath.End, said: str | None, *_: object) -> int:
+    promise(said in peers.WORDS, f"it ended by {said!r}")
+    end.describe(said)
+    return 0
 
 
 def isolate() -> None:
@@ -247,29 +329,29 @@ def isolate() -> None:
 
     def stop(units: Sequence[str]) -> None:
         for unit in units:
-            _promise(names.vm_of_share_unit(unit) == VM, f"stops {unit!r}")
+            promise(names.vm_of_share_unit(unit) == VM, f"stops {unit!r}")
 
     def delete(doomed: dict[str, int], _host: HostPaths) -> list[str]:
         for name, index in doomed.items():
-            _promise(names.interface_name(name) == name, f"deletes {name!r}")
-            _promise(index > 0, f"deletes index {index}")
+            promise(names.interface_name(name) == name, f"deletes {name!r}")
+            promise(index > 0, f"deletes index {index}")
         return []
 
     def set_flags(name: str, flags: int, *, clear: int = 0) -> None:
-        _promise(names.interface_name(name) == name, f"changes {name!r}")
+        promise(names.interface_name(name) == name, f"changes {name!r}")
 
     def index(name: str) -> int:
-        _promise(names.interface_name(name) == name, f"asks for {name!r}")
+        promise(names.interface_name(name) == name, f"asks for {name!r}")
         return 7
 
     def give_back(address: str, driver: str, override: str, _host: HostPaths) -> bool:
-        _promise(names.pci_address(address) == address and "*" not in address, f"{address!r}")
-        _promise("/" not in driver + override, f"driver {driver!r} or {override!r}")
+        promise(names.pci_address(address) == address and "*" not in address, f"{address!r}")
+        promise("/" not in driver + override, f"driver {driver!r} or {override!r}")
         return True
 
     def bring_up(_address: str, up: list[str], down: list[str], _host: HostPaths) -> None:
         for name in (*up, *down):
-            _promise(names.interface_name(name) == name, f"brings up {name!r}")
+            promise(names.interface_name(name) == name, f"brings up {name!r}")
 
     def nothing(*_arguments: object, **_named: object) -> None:
         return None
@@ -277,6 +359,9 @@ def isolate() -> None:
     def asked(argv: list[str]) -> str:
         raise Broken(f"runs {argv}")
 
+    # What systemd gives helpers.
+    os.environ.update(MAINPID="42", NOTIFY_SOCKET="none", MICROVM_READINESS="guest")
+    os.environ.update(SERVICE_RESULT="success", EXIT_CODE="exited", EXIT_STATUS="0")
     for module, name, instead in (
         (systemd, "stop", stop),
         (systemd, "states", lambda *patterns: {}),
@@ -288,6 +373,12 @@ def isolate() -> None:
         (pci, "_give_back", give_back),
         (pci, "_bring_up", bring_up),
         (process, "output", asked),
+        (aftermath, "_pending_job", lambda name: ""),
+        (aftermath, "take_note", _note),
+        (hypervisor, "stop", lambda pid, ways, times: None),
+        (readiness, "Listener", _listen),
+        # With the rights that there are.
+        (helper, "_last_words", lambda path, identity: control.last_words(path)),
         (HostPaths, "net_device", _net_device),
         (log, "write", nothing),
         # Who runs this stands for root.
@@ -295,7 +386,7 @@ def isolate() -> None:
         (reconcile, "_is_roots", lambda status: True),
         (shares, "_is_roots", lambda path, directory: path.startswith(f"{directory}/")),
     ):
-        _promise(hasattr(module, name), f"{module.__name__} has no {name} to replace")
+        promise(hasattr(module, name), f"{module.__name__} has no {name} to replace")
         setattr(module, name, instead)
 
 
@@ -320,6 +411,7 @@ _STATE = b"var/lib/microvms/web/"
 _RECORD = b"run/microvm-host/web/"
 _HOST_FILES = (
     *(_RECORD + kind.encode() for kind in (*reconcile.UNDO, "other")),
+    *(_RECORD + kind for kind in (b"booted", b"ends", b"lost-shares")),
     *(_STATE + name for name in (b"runner", b"flake", b"declared", b"current", b"booted")),
     *(_STATE + name for name in (b"a.sock", b"run/b.sock", b"disk.img", b".build", b"x/y/c.sock")),
     *(b"nix/var/nix/gcroots/microvm/" + name for name in (b"web", b"gone", b"booted-gone")),
@@ -337,7 +429,7 @@ TARGETS = (
             *(b"1f", b"home/alice", b"microvm-virtiofsd-", b".socket", b".service", b"\\x2e"),
             *(b"microvm@", b"microvm-tap-interfaces@", b"12345678-1234-1234-1234-123456789abc"),
         ),
-        share=2.0,
+        share=3.0,
     ),
     Target(
         "declaration",
@@ -371,6 +463,18 @@ TARGETS = (
         (MicrovmHostError,),
         (
             *(b"tap", b"adopted", b"raised", b"macvtap", b"unit", b"socket", b"user", b"device"),
+            *(
+                b"user\tmicrovm\t1\tkvm\t2\n",
+                b"notify\tvsock\t",
+                b"notify\tunix\tnotify.vsock_8888",
+            ),
+            *(
+                b"control\tqmp\tweb.sock",
+                b"event-log\tlog",
+                b"readiness\tguest\n",
+                b"\t3\tstream\n",
+            ),
+            *(b"start-timeout\t90.000000\n", b"end\t12.5\tit died\n", b"share\tt\n", b"9" * 5000),
             *(b"\t", b"\ttap\t", b"web0", b"web1", b"m0", b"7", b"02:00:00:00:00:01", b"microvm"),
             *(b"microvm-virtiofsd-web-t.socket", b"microvm-virtiofsd-web.service", b"hypervisor"),
             *(b"sshd.service", b"/etc/passwd", b"/run/systemd/private", b"../../../..", b"/"),
@@ -378,6 +482,74 @@ TARGETS = (
             *(b"/srv/package", b"../current", b"current", b"git+file:///etc/nixos", b"#x"),
         ),
         _HOST_FILES,
+        share=0.7,
+    ),
+    Target(
+        "control",
+        peers.control_answers,
+        (MicrovmHostError,),
+        (
+            *(b'{"QMP": {}}\r\n', b'{"return": {}, "id": 1}\r\n', b'{"return": {}, "id": 3}\r\n'),
+            *(b'{"return": {"status": "io-error"}, "id": 2}\n', b'"status": "running"', b'"error"'),
+            *(b'{"event": "GUEST_PANICKED", "data": {}}\n', b'"reason": ', b'"guest-shutdown"'),
+            *(b'{"event": "SHUTDOWN", "data": {"reason": "guest-reset"}}\n', b'"guest-panic"'),
+            *(b'"id": ', b'"event"', b'"data"', b"null", b"true", b"[]", b"{}", b"[" * 2000),
+            *(b"HTTP/1.1 204 No Content\r\n", b"HTTP/1.0 ", b"400 Bad Request", b"100 Continue"),
+            *(b"Content-Length: 0\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n", b"\\u000a"),
+            *(b"NaN", b"1e400", b"9" * 5000, b'"' * 3, b"\\ud800", b'{"a":' * 2000, b"x" * 66000),
+        ),
+        share=1.2,
+    ),
+    Target(
+        "notify",
+        peers.notify_messages,
+        (peers.NotReady,),
+        (
+            *(peers.CLOSES, peers.LEAVES, peers.PAUSES) * 4,
+            *(b"READY=1\n", b"READY=0\n", b"READY=1 ", b"STATUS=", b"STATUS=Booting\xe2\x80\xa6\n"),
+            *(b"X_SYSTEMD_UNIT_ACTIVE=", b"X_SYSTEMD_UNIT_INACTIVE=", b"emergency.target"),
+            *(b"rescue.target\n", b"MAINPID=1\n", b"FDSTORE=1\n", b"EXTEND_TIMEOUT_USEC=9\n"),
+            *(b"BARRIER=1\n", b"STOPPING=1\n", b"ready=1\n", b"x" * 200, b"y" * 4096),
+        ),
+        share=0.7,
+    ),
+    Target(
+        "answers",
+        hosts.host_answers,
+        (MicrovmHostError,),
+        (
+            *(b"ActiveState=deactivating\n", b"Job=12\n", b"MainPID=42\n", b"Restart=on-failure\n"),
+            *(b"Restart=always\n", b"ActiveEnterTimestampMonotonic=", b"inactive", b"active"),
+            *(b"ExecMainStartTimestampMonotonic=", b"ExecMainExitTimestampMonotonic=", b"failed"),
+            *(b"MICROVM_SHUTDOWN_SECONDS=", b"MICROVM_TERMINATE_SECONDS=5", b"Unit=", b"Service="),
+            *(hosts.UNIT.encode(), hosts.SHARE.encode(), b"loaded active running", b"stop waiting"),
+            *(b"exited", b"killed", b"success", b"timeout", b"KILL", b"78", b"32", b"crosvm"),
+            *(b'{"error":"io.systemd.Machine.MachineExists"}', b'{"parameters":{}}\0', b"nan"),
+        ),
+        share=1.2,
+    ),
+    Target(
+        "pci",
+        hosts.pci_devices,
+        (MicrovmHostError,),
+        (
+            *(
+                b"8086  Intel Corporation\n",
+                b"\t2922  82801IR\n",
+                b"C 01  Mass storage\n",
+                b"10d3  ",
+            ),
+            *(b"\t06  SATA\n", b"\n1b36  Red Hat\n", b"\t\t8086 0001  ", b"# comment\n", b"C 0c  "),
+            *(b"29 1 8:0 / /srv rw - ext4 /dev/sda rw\n", b" 8:2 ", b" - ", b"\\012", b"\\134"),
+            *(b"/dev/sda", b"swap", b"device", b"0000:01:00.0", b"*:02:00.0", b"intel_iommu=off"),
+        ),
+        (
+            *(b"usr/share/misc/pci.ids", b"usr/share/hwdata/pci.ids", b"proc/cmdline"),
+            *(b"proc/self/mountinfo", b"proc/swaps", b"run/microvm-host/web/pci-devices"),
+            *(b"run/microvm-host/b/pci-devices", b"dev/sda", b"var/lib/microvms/web/current"),
+            b"var/lib/microvms/web/current/share/microvm/pci-devices",
+        ),
+        share=0.4,
     ),
 )
 

@@ -20,8 +20,11 @@ from tests.fuzz.inputs import Entry, Mutator
 from tests.fuzz.targets import TARGETS
 
 REPOSITORY = Path(__file__).parents[2]
-# About a second each.
-RUNS = {"names": 1500, "declaration": 1000, "package": 400, "host": 400}
+# Some tenths of a second each.
+RUNS = {
+    **{"names": 1500, "declaration": 800, "package": 300, "host": 250, "control": 300},
+    **{"notify": 200, "answers": 250, "pci": 100},
+}
 
 
 def in_a_process(code: str) -> list[list[str]]:
@@ -64,19 +67,24 @@ print(json.dumps([[finding.what, finding.where, finding.trace] for finding in re
         ("os.symlink('/etc/x', f'{root}/e'); open(f'{root}/e', 'w')", "Escaped: open"),
         ("os.rename(f'{root}/input', '/tmp/x')", "Escaped: os.rename"),
         ("os.posix_spawnp('true', ['true'], {})", "Escaped: os.posix_spawn"),
+        ("socket.socket(socket.AF_UNIX).bind('/tmp/x')", "Escaped: socket.bind '/tmp/x'"),
+        ("socket.socket(socket.AF_UNIX).connect('\\0x')", "Escaped: socket.connect"),
+        ("socket.socket().connect(('127.0.0.1', 1))", "Escaped: socket.connect"),
+        ("os.open(f'{root}/input', os.O_RDONLY)", "Broken: leaves a descriptor open"),
+        ("os.dup(0); raise MicrovmHostError('x')", "Broken: leaves a descriptor open"),
         ("os.kill(1, 0)", "Escaped: os.kill"),
         ("bytearray(4 << 30)", "MemoryError"),
         ("os.mkfifo(f'{root}/f'); open(f'{root}/f')", "Hung: after 0.2 s"),
         ("while True: pass", "Hung: after 0.2 s"),
-        ("_promise(False, 'a promise')", "Broken: a promise"),
+        ("promise(False, 'a promise')", "Broken: a promise"),
     ],
 )
 def test_each_kind_of_finding_is_seen(body: str, expected: str) -> None:
     code = f"""
-import json, os
+import json, os, socket
 from microvm_host.errors import MicrovmHostError
 from tests.fuzz import engine, inputs
-from tests.fuzz.targets import _promise
+from tests.fuzz.engine import promise
 engine.SECONDS = 0.2
 def run(root):
     {body}
