@@ -286,11 +286,12 @@ def _run_until_ready(
         child.end_alike()
     if outcome == readiness.READY:
         child.release()
-        said = f"; the guest says: {listener.status}" if listener.status else ""
-        readiness.tell(f"MAINPID={child.pid}\nREADY=1\nSTATUS={running}{said}")
+        readiness.announce(child.pid, running, listener.status)
         # systemd has read this, so that whoever was asked before is this process.
         if not asked:
             return
+    # As for ExecStop=: scripts of packages use it.
+    os.environ["MAINPID"] = str(child.pid)
     _shut_down(name, child.pid, host)
     if outcome != readiness.READY:
         child.end_alike()
@@ -339,8 +340,6 @@ def stop(name: str, host: HostPaths) -> None:
 def _shut_down(name: str, main_pid: int, host: HostPaths) -> None:
     from . import hypervisor
 
-    # Scripts of packages may name it.
-    os.environ["MAINPID"] = str(main_pid)
     ways: list[hypervisor.Way] = []
     script = f"{os.path.realpath(host.booted(name))}/{MICROVM_SHUTDOWN}"
     if os.path.exists(script):

@@ -399,6 +399,12 @@ def _vsock(port: int, *, is_stream: bool) -> socket:
     return listening
 
 
+def announce(main_pid: int, running: str, status: str) -> None:
+    """Tell systemd that the VM is started, and of the guest what it has said last."""
+    said = f"; the guest says: {status}" if status else ""
+    tell(f"MAINPID={main_pid}\nREADY=1\nSTATUS={running}{said}")
+
+
 def tell(state: str) -> None:
     """Send systemd a message and wait until it was taken in.
 

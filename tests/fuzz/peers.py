@@ -170,7 +170,7 @@ PARTS_MAX = 100
 TIMEOUT, ENDS_AFTER = 3.0, 7.0
 RUNNING = "Running qemu from /srv/web"
 _TOLD = re.compile(
-    r"READY=1\nSTATUS=Running qemu from /srv/web(?:; the guest says: (?P<ready>.+))?"
+    r"MAINPID=4242\nREADY=1\nSTATUS=Running qemu from /srv/web(?:; the guest says: (?P<ready>.+))?"
     r"|STATUS=Waiting for the guest to be ready(?:; it says: (?P<waiting>.+)"
     r"|; it is in its (?:emergency|rescue)\.target|; it has said nothing)?"
     r"|STATUS=the guest did not become ready within 3 s \(TimeoutStartSec=\): (?:it says: "
@@ -270,13 +270,14 @@ def notify_messages(root: str) -> None:
                 (readiness, "select", SimpleNamespace(poll=poll, POLLIN=select.POLLIN)),
             )
         )
-        listener = _Listener(
-            readiness.Address(path), running=RUNNING, timeout=TIMEOUT, others=tuple
-        )
-        stack.callback(listener.close)
-        os.close(listener._hypervisor)
-        listener._hypervisor = guest.hypervisor
-        listener.run()
+        listener = _Listener(readiness.Address(path), timeout=TIMEOUT, others=tuple)
+        asked, ask = os.pipe()
+        stack.callback(os.close, asked)
+        stack.callback(os.close, ask)
+        outcome = listener.run(guest.hypervisor, asked)
+        stack.callback(os.close, guest.hypervisor)
+        if outcome == readiness.READY:
+            readiness.announce(4242, RUNNING, listener.status)
     promise(not os.path.exists(path), "leaves its socket")
     for each in told:
         found = _TOLD.fullmatch(each)
@@ -285,8 +286,9 @@ def notify_messages(root: str) -> None:
             promise(status is None or status.isprintable(), f"passes on {status!r}")
             promise(status is None or len(status) <= readiness.STATUS_MAX, f"passes on {status!r}")
     promise(len(told) < 300, "tells systemd too much")
-    _check_words(guest, is_ready=told[-1].startswith("READY=1"))
-    if not told[-1].startswith("READY=1"):
+    promise(all("READY=1" not in each for each in told[:-1]), "is ready twice")
+    _check_words(guest, is_ready=outcome == readiness.READY)
+    if outcome != readiness.READY:
         raise NotReady("the guest is not ready")
 
 

@@ -282,7 +282,7 @@ def _start_and_end(host: HostPaths) -> None:
     """What helpers do by the records of a start, which most inputs do not have."""
     for call in (
         lambda: helper._identity(VM, host),
-        lambda: helper._listener(VM, "Running", host),
+        lambda: helper._listener(VM, host),
         lambda: _wait_for_turn(Record(host.record(VM, "ends"))),
         lambda: helper.stop(VM, host),
         lambda: helper.ended(VM, host),
