@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Callable
-from math import isfinite
 from types import SimpleNamespace
 
 from microvm_host import (
@@ -90,7 +90,8 @@ def host_answers(root: str) -> None:
         attempt(lambda: _guard(text))
         attempt(lambda: _aftermath(text, root))
         attempt(lambda: machined._forget_earlier(MACHINE, HostPaths(root), by_varlink=False))
-        for then in ("hangs up", "is silent"):
+        # Without end rarely: it is a lot to read.
+        for then in ("hangs up", "is silent" if zlib.crc32(answer) % 16 else "goes on"):
             peer = Peer(answer, min(len(answer) // 15 + 3, 4096), then)
             with replaced(dialing(machined, peer), (machined, "ANSWER_WITHIN", 1.0)):
                 attempt(lambda: machined._varlink("Register", "{}", HostPaths(root)))
@@ -104,8 +105,9 @@ def host_answers(root: str) -> None:
 
 def _guard(text: str) -> None:
     for line in text.splitlines()[:20]:
-        patience = guard.patience(line, TIMES, helper._as_seconds)
-        promise(isfinite(patience) and 0 < patience <= 2 * 86400, f"waits for {patience} s")
+        for variable, default in TIMES.items():
+            patience = guard.patience(line, {variable: default}, helper._as_seconds)
+            promise(0 < patience <= helper.SECONDS_MAX, f"waits for {patience} s")
     rounds = 0
     clock = SimpleNamespace(now=0.0)
 

@@ -227,16 +227,19 @@ def _host(root: str) -> None:
             promise(str(error).isprintable(), f"it says {error!s}")
             refused.append(error)
 
-    _start_and_end(host)
     attempt(state.check_current, VM, host)
     found = source.remembered(host.vm(VM))
     if found is not None:
         attempt(found.checked)
-    for row in listing.rows(host):
-        line = listing.as_text(row, lambda _, text: text)
-        promise(line.isprintable(), f"it lists {line!r}")
-        listing.as_json(row)
+    for states in ({}, {names.unit(VM): "active"}):
+        with replaced((systemd, "states", lambda *_, states=states: states)):
+            rows = listing.rows(host)
+        for row in rows:
+            line = listing.as_text(row, lambda _, text: text)
+            promise(line.isprintable(), f"it lists {line!r}")
+            listing.as_json(row)
     attempt(reconcile.find, host)
+    _start_and_end(host)
     for what, undo in reconcile.UNDO.items():
         record = Record(host.record(VM, what))
         try:
@@ -254,13 +257,29 @@ def _host(root: str) -> None:
         raise refused[0]
 
 
+_FORMER = 1000
+
+
+class _OsOfFormer:
+    """What the walk uses of `os`, where all files are the former user's."""
+
+    open, close, listdir = os.open, os.close, os.listdir
+    O_PATH, O_NOFOLLOW, O_CLOEXEC = os.O_PATH, os.O_NOFOLLOW, os.O_CLOEXEC
+    O_RDONLY, O_DIRECTORY = os.O_RDONLY, os.O_DIRECTORY
+
+    @staticmethod
+    def fstat(descriptor: int) -> os.stat_result:
+        fields = [*os.fstat(descriptor)]
+        fields[stat.ST_UID] = _FORMER
+        return os.stat_result(fields)
+
+
 def _adopt(host: HostPaths) -> None:
     """As if the files of whoever runs this were a former user's."""
     state = host.vm(VM)
     if not os.path.isdir(state) or os.path.islink(state):
         return
-    walk = adopt._Walk(1, Identity("microvm-web", 4242, "microvm-web", 4242))
-    walk.former = os.getuid()
+    walk = adopt._Walk(_FORMER, Identity("microvm-web", 4242, "microvm-web", 4242))
     directory = os.open(state, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         walk.device = os.fstat(directory).st_dev
@@ -270,7 +289,7 @@ def _adopt(host: HostPaths) -> None:
             promise(place.startswith(f"{state}/"), f"gives {place!r} away")
             promise(stat.S_IFMT(status.st_mode) not in (stat.S_IFBLK, stat.S_IFCHR), "is a device")
 
-        with replaced((walk, "_give", give)):
+        with replaced((walk, "_give", give), (adopt, "os", _OsOfFormer)):
             walk.enter(directory, "", 0)
     finally:
         os.close(directory)
@@ -522,6 +541,7 @@ TARGETS = (
             *(b"Restart=always\n", b"ActiveEnterTimestampMonotonic=", b"inactive", b"active"),
             *(b"ExecMainStartTimestampMonotonic=", b"ExecMainExitTimestampMonotonic=", b"failed"),
             *(b"MICROVM_SHUTDOWN_SECONDS=", b"MICROVM_TERMINATE_SECONDS=5", b"Unit=", b"Service="),
+            *(b"MICROVM_SHUTDOWN_SECONDS=inf\n", b"MICROVM_TERMINATE_SECONDS=nan\n"),
             *(hosts.UNIT.encode(), hosts.SHARE.encode(), b"loaded active running", b"stop waiting"),
             *(b"exited", b"killed", b"success", b"timeout", b"KILL", b"78", b"32", b"crosvm"),
             *(b'{"error":"io.systemd.Machine.MachineExists"}', b'{"parameters":{}}\0', b"nan"),
