@@ -251,7 +251,8 @@ def _host(root: str) -> None:
             continue
         promise(all(map(str.isprintable, problems)), f"it says {problems}")
         # Forgotten only if there is nothing more to do.
-        promise(bool(problems) <= (len(record.read()) == before), f"{what} is forgotten")
+        left = len(record.read())
+        promise(bool(problems) == (0 < left <= before), f"{what} is forgotten")
         refused += map(MicrovmHostError, problems)
     if refused:
         raise refused[0]
