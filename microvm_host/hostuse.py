@@ -129,7 +129,8 @@ def _named(path: str, numbers: dict[str | None, str], host: HostPaths) -> str | 
         return None
     try:
         number = os.stat(host.at(path)).st_rdev
-    except OSError:
+    except (OSError, ValueError):
+        # The latter for a NUL byte.
         return None
     return numbers.get(f"{os.major(number)}:{os.minor(number)}")
 

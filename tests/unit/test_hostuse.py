@@ -79,6 +79,10 @@ class TestDisks:
             sysfs.mount(place, "8:2", "/dev/sda2")
         assert reasons(sysfs) == ["its disk sda2 holds /, /a, /b and 2 more"]
 
+    def test_swap_space_that_cannot_be(self, sysfs: Sysfs) -> None:
+        sysfs.put("proc/swaps", "Filename\n/dev/sd\0a partition 1 0 -2\n/gone file 1 0 -2\n")
+        assert reasons(sysfs) == []
+
     def test_place_with_odd_characters(self, sysfs: Sysfs) -> None:
         sysfs.mount("/a\\040b\\134040\\011", "8:2", "/dev/sda2")
         assert reasons(sysfs) == [r"its disk sda2 holds '/a b\\040\t'"]
