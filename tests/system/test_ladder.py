@@ -8,62 +8,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from tests.guest.image import Image
-from tests.guest.package import Guest, Share, Stub, Tap, Volume
+from tests.guest.package import Share, Stub, Tap, Volume
 from tests.host.container import ContainerHost
 from tests.host.fixtures import require_container
 
-from .toolkit import IMAGE, Toolkit, eventually
+from .toolkit import Toolkit, eventually
+from .vms import control, declare, guest, ours, start, stop
 
 pytestmark = pytest.mark.container
-
-
-def guest(name: str, **fields: object) -> Guest:
-    """A real guest whose kernel and initrd are those of the host's image."""
-    fields = {"image": Image(Path(IMAGE)), "placement": "refer", "image_prefix": IMAGE, **fields}
-    return Guest(name=name, **fields)  # type: ignore[arg-type]
-
-
-def control(name: str) -> dict[str, object]:
-    """The fields of a package that tells its control socket."""
-    return {"control_socket": f"{name}.sock", "control_protocol": "qmp"}
-
-
-def declare(toolkit: Toolkit, package: Guest | Stub, **settings: object) -> None:
-    """Make a VM and declare it, not to start at boot, with these settings."""
-    toolkit.create(package)
-    lines = [f'runner = "/opt/packages/{package.name}"', "autostart = false"]
-    for key, value in settings.items():
-        lines.append(f'{key} = "{value}"' if isinstance(value, str) else f"{key} = {value}")
-    toolkit.host.write(f"/etc/microvms/{package.name}.toml", "\n".join([*lines, ""]))
-    toolkit.systemctl("daemon-reload")
-
-
-def start(toolkit: Toolkit, vm: str, *, ready: bool = True) -> None:
-    toolkit.systemctl("start", f"microvm@{vm}")
-    if ready:
-        toolkit.await_line(vm, f"GUEST {vm}: ready")
-
-
-def stop(toolkit: Toolkit, vm: str) -> tuple[list[str], str, float]:
-    """Stop a VM; gives the lines since, the unit's result, and the seconds that it took."""
-    before = len(toolkit.journal(vm))
-    began = time.monotonic()
-    toolkit.systemctl("stop", f"microvm@{vm}", timeout=120)
-    seconds = time.monotonic() - began
-    lines = toolkit.journal(vm)[before:]
-    return lines, toolkit.property(f"microvm@{vm}", "Result"), seconds
-
-
-def ours(lines: list[str]) -> list[str]:
-    """What the helper said on the way, without the times."""
-    rungs = ("asked the guest", "sending SIG", "was not shut down", "asked once", "at last by")
-    found = [line for line in lines if any(rung in line for rung in rungs)]
-    return [line.partition(" s: ")[2] if line.startswith("at ") else line for line in found]
 
 
 # ---- rungs

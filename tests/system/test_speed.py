@@ -10,6 +10,7 @@ import pytest
 from tests.guest.package import Share, Stub
 
 from .toolkit import Toolkit
+from .vms import no_helper_stays
 
 pytestmark = pytest.mark.container
 
@@ -80,7 +81,7 @@ def test_a_start_with_a_share_is_many_times_as_fast_as_with_supervisord(
     for _ in range(ROUNDS):
         fast.append(milliseconds(toolkit, f"microvm@{vm}"))
         # No process of ours: all that runs is the hypervisor.
-        assert toolkit.sh("pgrep -a python", check=False) == ""
+        no_helper_stays(toolkit)
         toolkit.host.run(["microvm", "stop", vm])
         slow.append(milliseconds(toolkit, f"plain@{vm}"))
         toolkit.sh(f"systemctl stop plain@{vm} plain-virtiofsd@{vm} plain-set-booted@{vm}")

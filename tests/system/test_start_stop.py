@@ -7,22 +7,12 @@ import time
 
 import pytest
 
-from tests.guest.package import Guest, Share, Stub, Tap
+from tests.guest.package import Share, Stub, Tap
 
-from .toolkit import IMAGE, Toolkit
+from .toolkit import Toolkit
+from .vms import guest, no_helper_stays
 
 pytestmark = pytest.mark.container
-
-
-def guest(name: str, **fields: object) -> Guest:
-    """A real guest whose kernel and initrd are those of the host's image."""
-    from pathlib import Path
-
-    from tests.guest.image import Image
-
-    # `refer`: the package names the image's directory, which is there on the host and not here.
-    fields = {"image": Image(Path(IMAGE)), "placement": "refer", "image_prefix": IMAGE, **fields}
-    return Guest(name=name, **fields)  # type: ignore[arg-type]
 
 
 @pytest.mark.core
@@ -65,7 +55,7 @@ def test_a_real_guest_sees_its_taps_and_shares(toolkit: Toolkit, vm: str) -> Non
     # The main process is the hypervisor itself, and nothing of ours has stayed.
     main = toolkit.property(f"microvm@{vm}", "MainPID")
     assert "qemu" in toolkit.sh(f"readlink /proc/{main}/exe")
-    assert toolkit.sh("pgrep -a python", check=False) == ""
+    no_helper_stays(toolkit)
     began = time.monotonic()
     toolkit.systemctl("stop", f"microvm@{vm}")
     assert time.monotonic() - began < 10
