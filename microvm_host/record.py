@@ -133,7 +133,8 @@ class Record:
         try:
             os.unlink(self.path)
         except (FileNotFoundError, NotADirectoryError):
-            return
+            # Its writer may have been killed when it had made the directory alone.
+            pass
         except OSError as error:
             raise MicrovmHostError(
                 f"the record cannot be removed: {error.strerror}", path=self.path
@@ -141,7 +142,7 @@ class Record:
         try:
             os.rmdir(os.path.dirname(self.path))
         except OSError:
-            # Another record is still there.
+            # Another record is still there, or nothing is.
             pass
 
 
