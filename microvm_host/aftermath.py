@@ -121,7 +121,7 @@ def take_note(name: str, end: End, said: str | None, limit: int, ends: Record) -
     Raises:
         MicrovmHostError: it is given up.
     """
-    if _pending_job(name) in ("stop", "restart", "try-restart"):
+    if _was_asked_for(name):
         if end.result == "timeout":
             log.error("systemd had to end the hypervisor: the guest was not shut down", vm=name)
         ends.clear()
@@ -199,15 +199,27 @@ def _number(text: str) -> int:
     return int(text) if names.is_number(text) else 0
 
 
-def _pending_job(name: str) -> str:
-    """The type of the job that systemd has for a VM: `stop`, `start`, …; nothing if none."""
+def _was_asked_for(name: str) -> bool:
+    """Whether a VM has ended because somebody wanted it to."""
+    match _pending_job(name):
+        case ["stop" | "restart" | "try-restart", _]:
+            return True
+        case ["start", "waiting"]:
+            # It has come during the stop and taken that job's place. A start that is what failed
+            # just now is running still.
+            return True
+    return False
+
+
+def _pending_job(name: str) -> list[str]:
+    """Type (`stop`, `start`, …) and state of the job that systemd has for a VM; empty if none."""
     unit = names.unit(name)
     argv = ["systemctl", "list-jobs", "--full", "--no-legend", "--no-pager", "--", unit]
     for line in process.output(argv).splitlines():
         columns = line.split()
-        if len(columns) >= 3 and columns[1] == unit:
-            return columns[2]
-    return ""
+        if len(columns) == 4 and columns[1] == unit:
+            return columns[2:]
+    return []
 
 
 def _show(name: str, *properties: str) -> dict[str, str]:

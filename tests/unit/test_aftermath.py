@@ -36,7 +36,7 @@ class FakeSystemd:
     def output(self, argv: list[str]) -> str:
         if argv[1] == "list-jobs":
             others = " 7 microvm-set-booted@web.service stop waiting\n"
-            return others + (f"419 microvm@web.service {self.job} running\n" if self.job else "")
+            return others + (f"419 microvm@web.service {self.job}\n" if self.job else "")
         if argv[1] == "show" and "--value" in argv:
             return f"{self.active}\n\ninactive\n"
         if argv[1] == "show":
@@ -119,7 +119,11 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert End.from_environment("qemu") == End("signal", "killed", "", "qemu")
 
 
-@pytest.mark.parametrize("job", ["stop", "restart", "try-restart"])
+@pytest.mark.parametrize(
+    "job",
+    # The last one: a start that came during the stop.
+    ["stop running", "restart running", "try-restart running", "stop waiting", "start waiting"],
+)
 def test_a_stop_that_was_asked_for_forgets(
     note: Note, systemd: FakeSystemd, said: list[str], ends: Record, job: str
 ) -> None:
@@ -129,6 +133,12 @@ def test_a_stop_that_was_asked_for_forgets(
     assert (ends.read(), said) == ([], [])
     assert note(End("timeout", "killed", "KILL")) == 0
     assert said == ["error: systemd had to end the hypervisor: the guest was not shut down"]
+
+
+def test_a_start_that_failed_is_no_wish(note: Note, systemd: FakeSystemd, ends: Record) -> None:
+    systemd.job = "start running"
+    assert note(FAILED) == 0
+    assert len(ends.read()) == 1
 
 
 @pytest.mark.parametrize(
@@ -285,7 +295,11 @@ def test_an_end_yet_to_come_is_not_waited_for(
 
 @pytest.mark.parametrize(
     ("job", "result", "kept"),
-    [("start", "success", 1), ("", "success", 0), ("start", "exit-code", 0)],
+    [
+        ("start waiting", "success", 1),
+        ("", "success", 0),
+        ("start waiting", "exit-code", 0),
+    ],
 )
 def test_undoing_forgets_unless_a_start_follows(
     systemd: FakeSystemd,
