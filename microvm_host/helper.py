@@ -12,7 +12,7 @@ import os
 from . import log, names
 from .errors import EXIT_CONFIG, EXIT_FAILED, EXIT_USAGE, MicrovmHostError, NameInvalid
 from .paths import MICROVM_RUN, MICROVM_SHUTDOWN, HostPaths
-from .record import Record
+from .record import Record, remove_sockets
 
 # Longer ones would overflow what systemd counts microseconds in; a day is "wait for ever".
 SECONDS_MAX = 86400.0
@@ -78,10 +78,7 @@ def _note_readiness(package: Package, booted: Record, name: str) -> None:
 
 def unset_booted(name: str, host: HostPaths) -> None:
     """Forget what ran."""
-    if _booted(name, host, "notify")[:1] == ["unix"]:
-        from . import readiness
-
-        readiness.clear_away(_booted_record(name, host), host.vm(name))
+    remove_sockets(_booted_record(name, host), host.vm(name))
     ends = Record(host.record(name, "ends"))
     if os.path.exists(ends.path):
         from . import aftermath

@@ -46,8 +46,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from .record import Record
-
 # systemd's own limit for a message (NOTIFY_BUFFER_MAX, which is PIPE_BUF).
 MESSAGE_MAX = 4096
 STATUS_MAX = 200  # characters
@@ -367,23 +365,6 @@ class Listener:
                 os.unlink(self._address.path)
         except OSError:
             pass
-
-
-def clear_away(booted: Record, directory: str) -> None:
-    """Remove the socket of a listener that was killed.
-
-    Args:
-        booted: the record of the VM's start.
-        directory: the VM's state directory. It is its user's, who may give another file the
-            socket's name and have that removed; it is a plain name, and the link itself is.
-    """
-    for line in booted.read():
-        match line:
-            case ["notify", "unix", name] if "/" not in name:
-                try:
-                    os.unlink(f"{directory}/{name}")
-                except OSError:
-                    pass
 
 
 def _vsock(port: int, *, is_stream: bool) -> socket:

@@ -19,10 +19,10 @@ import stat
 import time
 from contextlib import contextmanager
 
-from . import links, names, pci, process, readiness, shares, source, systemd
+from . import links, names, pci, process, shares, source, systemd
 from .errors import MicrovmHostError
 from .frozen import frozen
-from .record import Record
+from .record import Record, remove_sockets
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def _undo_pci(record: Record, vm: str, host: HostPaths) -> list[str]:
 
 
 def _forget_booted(record: Record, vm: str, host: HostPaths) -> list[str]:
-    readiness.clear_away(record, host.vm(vm))
+    remove_sockets(record, host.vm(vm))
     record.clear()
     return []
 

@@ -163,3 +163,23 @@ def holders(records: str, what: str, fields: tuple[str, ...]) -> list[str]:
             tuple(line[: len(fields)]) == fields for line in Record(f"{records}/{vm}/{what}").read()
         )
     ]
+
+
+def remove_sockets(booted: Record, directory: str) -> None:
+    """Remove the sockets that somebody who was killed has left in a VM's state directory.
+
+    Args:
+        booted: the record of the VM's start, which names them: the hypervisor's control socket,
+            and the one where the guest was listened for.
+        directory: the state directory.
+    """
+    for line in booted.read():
+        match line:
+            # Further down there may be links of the VM's user by now, that lead elsewhere.
+            case ["notify", "unix", name] | ["control", _, name] if "/" not in name:
+                path = f"{directory}/{name}"
+                try:
+                    if stat.S_ISSOCK(os.lstat(path).st_mode):
+                        os.unlink(path)
+                except OSError:
+                    pass

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -116,14 +117,26 @@ def test_how_a_guest_may_be_waited_for(
     assert [line for line in found if line[0] not in ("user", "hypervisor")] == expected
 
 
-def test_socket_of_a_listener_that_was_killed(host: HostPaths, web: Path) -> None:
-    packages.put(web, "share/microvm/hypervisor", "cloud-hypervisor\n")
-    Record(host.record("web", "booted")).append("notify", "unix", "notify.vsock_8888")
-    left, other = (f"{host.vm('web')}/notify.vsock_{port}" for port in (8888, 8889))
-    for path in (left, other):
-        Path(path).touch()
+@pytest.mark.usefixtures("web")
+def test_sockets_of_who_was_killed(host: HostPaths) -> None:
+    """Of the listener and of the hypervisor; nothing that only has their names, or lies below."""
+    directory = Path(host.vm("web"))
+    booted = Record(host.record("web", "booted"))
+    (directory / "run").mkdir()
+    for control, stays in (("web.sock", False), ("run/web.sock", True)):
+        booted.append("notify", "unix", "notify.vsock_8888")
+        booted.append("control", "qmp", control)
+        places = [directory / name for name in ("notify.vsock_8888", "notify.vsock_8889", control)]
+        for place in places:
+            place.unlink(missing_ok=True)
+            with socket.socket(socket.AF_UNIX) as left:
+                left.bind(str(place))
+        assert run("unset-booted", "web") == 0
+        assert [place.exists() for place in places] == [False, True, stays]
+    booted.append("control", "qmp", "disk.img")
+    (directory / "disk.img").touch()
     assert run("unset-booted", "web") == 0
-    assert (os.path.exists(left), os.path.exists(other)) == (False, True)
+    assert (directory / "disk.img").exists()
 
 
 def test_wrong_package_changes_nothing(
