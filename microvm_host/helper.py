@@ -114,8 +114,11 @@ def macvtaps_up(name: str, host: HostPaths) -> None:
     from . import links, plan, runner
 
     macvtaps = runner.load_macvtaps(host.booted(name))
-    steps = links.plan_macvtaps(macvtaps, _identity(name, host), host)
     record = Record(host.record(name, "macvtap-interfaces"))
+    if record.read():
+        # Of a helper that was killed while it undid these. Unlike taps, they are not used again.
+        macvtaps_down(name, host)
+    steps = links.plan_macvtaps(macvtaps, _identity(name, host), host)
     plan.carry_out(steps, record, lambda done: links.undo_macvtaps(done, host))
     log.status(f"up: {', '.join(macvtap.name for macvtap in macvtaps)}")
 

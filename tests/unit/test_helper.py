@@ -8,10 +8,11 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from microvm_host import helper, hypervisor, pci, state, systemd, trust
+from microvm_host import helper, hypervisor, links, pci, shares, state, systemd, trust
 from microvm_host.errors import MicrovmHostError
 from microvm_host.identity import Identity
 from microvm_host.paths import HostPaths
@@ -115,6 +116,57 @@ def test_how_a_guest_may_be_waited_for(
     found = Record(host.record("web", "booted")).read()
     expected = lines + ([["start-timeout", "150.000000"]] if timeout else [])
     assert [line for line in found if line[0] not in ("user", "hypervisor")] == expected
+
+
+@pytest.mark.parametrize(
+    ("verb", "what", "module", "facts"),
+    [
+        (
+            "macvtap-interfaces-up",
+            "macvtap-interfaces",
+            links,
+            {"macvtap-interfaces": "m0 02:00:00:00:00:01 eth0 bridge\n"},
+        ),
+        (
+            "virtiofsd-up",
+            "virtiofsd",
+            shares,
+            {"virtiofs/a/source": "/srv\n", "virtiofs/a/socket": "a.sock\n"},
+        ),
+    ],
+)
+def test_what_a_killed_helper_left_is_taken_back_first(
+    host: HostPaths,
+    web: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    verb: str,
+    what: str,
+    module: ModuleType,
+    facts: dict[str, str],
+) -> None:
+    done: list[str] = []
+
+    def undo(record: Record, *_: object) -> list[str]:
+        done.append("undone")
+        record.clear()
+        return []
+
+    def plan(*_: object) -> list[object]:
+        done.append("planned")
+        return []
+
+    made = "_macvtaps" if module is links else ""
+    monkeypatch.setattr(module, f"undo{made}", undo)
+    monkeypatch.setattr(module, f"plan{made}", plan)
+    monkeypatch.setattr(systemd, "Connection", lambda _: SimpleNamespace(close=lambda: None))
+    for name, text in facts.items():
+        packages.put(web, f"share/microvm/{name}", text)
+    os.symlink(web, host.booted("web"))
+    Record(host.record("web", "booted")).append("user", "me", "1000", "us", "1000")
+    assert run(verb, "web") == 0
+    Record(host.record("web", what)).append("whatever", "it", "was")
+    assert run(verb, "web") == 0
+    assert done == ["planned", "undone", "planned"]
 
 
 @pytest.mark.usefixtures("web")
