@@ -2,6 +2,7 @@
 # make demo        boots a throw-away host and runs a microVM in it, start to end
 # make demo-shell  the same, leaving you at a shell of that host
 # make test        all tests, in throw-away hosts; installs what they need
+# make test-faults those tests that break things on purpose, with all their rounds: an hour
 # make fuzz        a million broken inputs for whatever root reads: ten minutes, no root needed
 # make check       format, types, unit, golden and static tests: no root, under a minute
 # make install     into this machine (DESTDIR, PREFIX and the directories below are honoured)
@@ -40,7 +41,7 @@ RULES = $(notdir $(wildcard udev/*.rules))
 PACKAGES = $(sort $(dir $(wildcard microvm_host/*.py microvm_host/*/*.py)))
 MANPAGES = $(notdir $(wildcard man/*.[1-8]))
 
-.PHONY: all install uninstall check fuzz test demo demo-shell format clean
+.PHONY: all install uninstall check fuzz test test-faults demo demo-shell format clean
 all:
 	@sed -n 's/^# make/make/p' Makefile
 
@@ -114,7 +115,7 @@ ifeq ($(DESTDIR),)
 endif
 
 # Test hosts need root; `sudo` keeps the environment's few settings that matter.
-AS_ROOT = $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=CI,MICROVM_HOST_TEST_CACHE)
+AS_ROOT = $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=CI,MICROVM_HOST_TEST_CACHE,MICROVM_HOST_TEST_ROUNDS)
 TEST_PYTHON ?= python3
 export TEST_PYTHON
 
@@ -140,6 +141,11 @@ format:
 
 test: check
 	$(IN_TOOLS) $(AS_ROOT) $(PYTEST) tests/guest tests/host tests/system
+
+# -s, since it tells how far it is.
+test-faults: export MICROVM_HOST_TEST_ROUNDS = full
+test-faults:
+	$(IN_TOOLS) $(AS_ROOT) $(PYTEST) -s -v -m fault tests/system
 
 demo:
 	tests/prerequisites

@@ -20,7 +20,9 @@ def line(toolkit: Toolkit, vm: str) -> str:
     return next(line for line in lines if line.startswith(f"{vm}: "))
 
 
+@pytest.mark.fault
 def test_listing_through_a_vms_life(toolkit: Toolkit, vm: str) -> None:
+    """With `current` replaced under it, a VM runs on as it was, and is said to be stale."""
     first = toolkit.put(Stub(name=vm, system="/gone/1111-nixos-system-x-24.05"), "/opt/first")
     second = toolkit.put(Stub(name=vm, system="/gone/2222-nixos-system-x-24.11"), "/opt/second")
     toolkit.sh(f"ln -sfn {first} /opt/newest")
@@ -33,6 +35,7 @@ def test_listing_through_a_vms_life(toolkit: Toolkit, vm: str) -> None:
     )
     toolkit.host.run(["microvm", "start", vm])
     assert line(toolkit, vm) == f"{vm}: current({label})"
+    main = toolkit.property(f"microvm@{vm}", "MainPID")
     toolkit.sh(f"ln -sfn {second} /opt/newest")
     assert line(toolkit, vm) == (
         f"{vm}: outdated({label}), rebuild({newer}) and reboot: microvm -Ru {vm}"
@@ -41,6 +44,8 @@ def test_listing_through_a_vms_life(toolkit: Toolkit, vm: str) -> None:
     assert line(toolkit, vm) == (
         f"{vm}: stale({label}), reboot({newer}): systemctl restart microvm@{vm}.service"
     )
+    assert toolkit.property(f"microvm@{vm}", "MainPID") == main
+    assert toolkit.sh(f"readlink /var/lib/microvms/{vm}/booted").strip() == first
     toolkit.host.run(["microvm", "-Ru", vm])
     assert line(toolkit, vm) == f"{vm}: current({newer})"
     (found,) = [each for each in json.loads(toolkit.sh("microvm -l --json")) if each["name"] == vm]

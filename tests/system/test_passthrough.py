@@ -318,6 +318,7 @@ def test_addresses_in_their_other_forms(machine: Toolkit, vm: str) -> None:
     await_state(machine, before)
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("seconds", [0, 6], ids=["stopped-at-once", "up-again"])
 def test_a_hypervisor_that_was_killed(machine: Toolkit, vm: str, seconds: int) -> None:
     devices = (SPARE_E1000E, SPARE_NET)
@@ -409,6 +410,7 @@ def shoot(machine: Toolkit, verb: str, vm: str, action: list[str], **wanted: str
     return out.split()
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("second", ["virtio-pci", "-"], ids=["between-two", "in-the-middle"])
 def test_a_helper_that_was_killed_while_taking(machine: Toolkit, vm: str, second: str) -> None:
     """The first device is on vfio-pci; the second still as it was, or of no driver just now."""
@@ -433,6 +435,7 @@ def test_a_helper_that_was_killed_while_taking(machine: Toolkit, vm: str, second
     raise AssertionError("the helper was never hit between its two devices")
 
 
+@pytest.mark.fault
 def test_a_helper_that_was_killed_while_giving_back(machine: Toolkit, vm: str) -> None:
     """The next start and stop of the VM find what it has left, and finish it."""
     devices = (SPARE_E1000E, SPARE_NET)

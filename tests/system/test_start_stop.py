@@ -228,6 +228,7 @@ def test_a_tap_joins_its_bridge(toolkit: Toolkit, vm: str) -> None:
         toolkit.sh(f"ip link del {vm}br")
 
 
+@pytest.mark.fault
 def test_many_taps_go_at_once_and_no_other(toolkit: Toolkit, vm: str) -> None:
     toolkit.sh("ip link add bystander type bridge")
     try:
@@ -251,6 +252,12 @@ def test_many_taps_go_at_once_and_no_other(toolkit: Toolkit, vm: str) -> None:
             f"journalctl --no-pager -u microvm-tap-interfaces@{vm}"
         )
         toolkit.sh(f"ip link del {vm}t4")
+        # The next start has all of them again.
+        toolkit.systemctl("start", f"microvm@{vm}")
+        assert len([line for line in toolkit.footprint() if f"interface {vm}t" in line]) == 16
+        toolkit.systemctl("stop", f"microvm@{vm}")
+        assert toolkit.property(f"microvm@{vm}", "Result") == "success"
+        toolkit.await_footprint(before)
     finally:
         toolkit.sh("ip link del bystander")
 
@@ -339,6 +346,7 @@ def test_a_hypervisor_that_dies_is_up_again_with_all_that_it_needs(
     assert toolkit.host.exists(f"/sys/class/net/{vm}a")
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("shutdown", ["early", "fail", "none"])
 def test_stop_never_returns_before_the_hypervisor_has_ended(
     toolkit: Toolkit, vm: str, shutdown: str
@@ -365,6 +373,7 @@ def test_stop_never_returns_before_the_hypervisor_has_ended(
         assert "the guest shut down in" in text
 
 
+@pytest.mark.fault
 def test_a_guest_that_does_not_listen_makes_the_stop_a_failure(toolkit: Toolkit, vm: str) -> None:
     toolkit.create(Stub(name=vm, shutdown="hang"))
     toolkit.host.write(

@@ -19,6 +19,8 @@ from tests.host.container import kvm_works
 from tests.host.fixtures import require_virtual
 from tests.host.virtual import VirtualHost
 
+from .rounds import spread
+from .shooting import shooting
 from .toolkit import IMAGE, SOURCES, Toolkit, eventually
 
 pytestmark = pytest.mark.virtual
@@ -217,6 +219,44 @@ def test_udev_gives_the_shared_nodes_to_hypervisors(machine: Toolkit) -> None:
     machine.sh(look)
     assert owners(machine, *nodes) == ["root:kvm 660"] * 2
     assert owners(machine, "/dev/vfio/vfio", "/dev/kvm") == ["root:root 666", "root:kvm 660"]
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("verb", ["macvtap-interfaces-up", "macvtap-interfaces-down"])
+def test_a_helper_of_macvtaps_is_killed(machine: Toolkit, verb: str) -> None:
+    """Killed while it makes them, it leaves none; while it deletes them, the next stop does."""
+    vm = "cut"
+    macvtaps = tuple(
+        Macvtap(name=f"{vm}{number}", mac=f"02:00:00:00:06:0{number}", link=SPARE, mode="bridge")
+        for number in range(2)
+    )
+    machine.create(Stub(name=vm, macvtaps=macvtaps))
+    before = machine.footprint()
+
+    def cycle(verb: str) -> int:
+        done = machine.host.run(["microvm", verb, vm], check=False, timeout=120)
+        return done.returncode
+
+    with shooting(machine, verb) as shots:
+        shots.watch()
+        assert (cycle("start"), cycle("stop")) == (0, 0)
+        for at in spread(len(shots.seen()), 3):
+            if verb.endswith("-up"):
+                shots.arm(at)
+                assert cycle("start") != 0
+            else:
+                assert cycle("start") == 0
+                shots.arm(at)
+                cycle("stop")
+            (shot,) = shots.seen()
+            if verb.endswith("-down"):
+                # It is what the next start and stop are for.
+                assert (cycle("start"), cycle("stop")) == (0, 0), shot
+            machine.systemctl("reset-failed")
+            machine.await_footprint(before, timeout=60)
+            assert (cycle("start"), cycle("stop")) == (0, 0), shot
+            machine.await_footprint(before, timeout=60)
+    machine.remove(vm)
 
 
 def test_a_macvtap_that_cannot_be_made_is_refused(machine: Toolkit) -> None:
