@@ -290,16 +290,15 @@ def test_undone_by_what_a_stop_uses(
     monkeypatch.setattr(links, "delete", delete)
     Record(host.record("web", "tap-interfaces")).append("tap", "web0", "7")
     left = f"{host.vm('web')}/t.sock"
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(left)
+    listened, other = Path(host.vm("web"), "notify.vsock_8888"), Path(host.vm("web"), "other")
+    for path in (left, listened, other):
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(path))
     shared = Record(host.record("web", "virtiofsd"))
     shared.append("unit", "microvm-virtiofsd-web-t.socket")
     shared.append("socket", left)
     Record(host.record("web", "booted")).append("user", "microvm", "1", "kvm", "2")
     Record(host.record("web", "booted")).append("notify", "unix", "notify.vsock_8888")
-    listened, other = Path(host.vm("web"), "notify.vsock_8888"), Path(host.vm("web"), "other")
-    listened.touch()
-    other.touch()
     pid1.states["microvm-set-booted@web.service"] = "failed"
     found = reconcile.find(host)
     assert len(found) == 5
