@@ -78,7 +78,10 @@ def _note_readiness(package: Package, booted: Record, name: str) -> None:
 
 def unset_booted(name: str, host: HostPaths) -> None:
     """Forget what ran."""
-    remove_sockets(_booted_record(name, host), host.vm(name))
+    # A link in the directory's place leads to where nothing is ours; no start bears with it.
+    is_ours = not os.path.islink(host.vm(name))
+    if is_ours:
+        remove_sockets(_booted_record(name, host), host.vm(name))
     ends = Record(host.record(name, "ends"))
     if os.path.exists(ends.path):
         from . import aftermath
@@ -88,7 +91,8 @@ def unset_booted(name: str, host: HostPaths) -> None:
     _booted_record(name, host).clear()
     # Last: what the VM's user has put in its place is not to keep the records.
     try:
-        os.unlink(host.booted(name))
+        if is_ours:
+            os.unlink(host.booted(name))
     except (FileNotFoundError, NotADirectoryError):
         pass
 

@@ -81,7 +81,8 @@ def _undo_pci(record: Record, vm: str, host: HostPaths) -> list[str]:
 
 
 def _forget_booted(record: Record, vm: str, host: HostPaths) -> list[str]:
-    remove_sockets(record, host.vm(vm))
+    if not os.path.islink(host.vm(vm)):
+        remove_sockets(record, host.vm(vm))
     record.clear()
     return []
 

@@ -191,6 +191,17 @@ def test_sockets_of_who_was_killed(host: HostPaths) -> None:
     assert (directory / "disk.img").exists()
 
 
+def test_a_link_in_the_state_directorys_place(host: HostPaths, root: Path) -> None:
+    (root / "elsewhere").mkdir()
+    for name in ("booted", "notify.sock"):
+        (root / "elsewhere" / name).touch()
+    os.makedirs(host.state, exist_ok=True)
+    os.symlink(root / "elsewhere", host.vm("web"))
+    Record(host.record("web", "booted")).append("notify", "unix", "notify.sock")
+    assert run("unset-booted", "web") == 0
+    assert sorted(os.listdir(root / "elsewhere")) == ["booted", "notify.sock"]
+
+
 def test_wrong_package_changes_nothing(
     host: HostPaths, web: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
