@@ -105,7 +105,7 @@ def states(*patterns: str) -> dict[str, str]:
         return {}
     text = process.output(
         ["systemctl", "list-units", "--all", "--plain", "--full", "--no-legend", "--no-pager"]
-        + ["--", *map(_unescaped, patterns)]
+        + ["--", *map(_as_glob, patterns)]
     )
     found = {}
     for line in text.splitlines():
@@ -119,16 +119,17 @@ def jobs(*patterns: str) -> set[str]:
     """The units of these names or globs that wait for something to happen to them, or see it."""
     text = process.output(
         ["systemctl", "list-jobs", "--plain", "--full", "--no-legend", "--no-pager"]
-        + ["--", *map(_unescaped, patterns)]
+        + ["--", *map(_as_glob, patterns)]
     )
     # JOB UNIT TYPE STATE; without any job, some versions say so in words.
     columns = [line.split() for line in text.splitlines()]
     return {words[1] for words in columns if len(words) == 4 and words[0].isdigit()}
 
 
-def _unescaped(pattern: str) -> str:
-    # systemctl takes the backslashes of escaped names for those of a glob.
-    return pattern.replace("\\", "\\\\")
+def _as_glob(pattern: str) -> str:
+    # What a backslash of an escaped name means differs: systemctl takes it for itself in a name,
+    # and for a glob's in a glob and where it looks for jobs.
+    return pattern.replace("\\", "?")
 
 
 def stop(units: Sequence[str]) -> None:

@@ -342,7 +342,8 @@ def test_the_hypervisor_is_killed_while_it_starts(toolkit: Toolkit, vm: str) -> 
             assert toolkit.property(f"microvm@{vm}", "ActiveState") == "active"
             toolkit.sh(f"ip address add 10.78.1.1/24 dev {vm}a")
             assert "1 received" in toolkit.sh("ping -c1 -W5 10.78.1.2")
-        toolkit.host.run(["microvm", "stop", vm], timeout=90)
+        # It tells of one that failed while it was waited for, and that is the one that was killed.
+        toolkit.host.run(["microvm", "stop", vm], timeout=90, check=not number % 2)
         # That of one that was up again, or of the one that was killed.
         result = toolkit.property(f"microvm@{vm}", "Result")
         assert result == "success" or (number % 2 and result == "signal")
