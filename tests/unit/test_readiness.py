@@ -467,10 +467,10 @@ def test_something_is_in_the_way(root: Path) -> None:
 def test_the_time_is_over(
     start: Start, systemd: Systemd, said: list[str], words: list[bytes], told: str
 ) -> None:
-    running = start(timeout=0.5)
+    running = start(timeout=1.5)
     for word in words:
         running.say(word)
-    reason = f"the guest did not become ready within 0 s (TimeoutStartSec=): {told}"
+    reason = f"the guest did not become ready within 2 s (TimeoutStartSec=): {told}"
     deadline = time.monotonic() + 5
     while reason not in systemd.statuses and time.monotonic() < deadline:
         time.sleep(0.01)
