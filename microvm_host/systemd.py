@@ -291,7 +291,8 @@ def _import_pystemd() -> tuple[Any, Any]:
 
     The binding is one extension module, loaded in 2 ms. What is imported around it takes 30: the
     package's __init__, which wants lxml, and two modules of which the binding uses a function
-    each, one of them only to word an error. While it is loaded, stand-ins take their places.
+    each, one of them only to word an error. While it is loaded, stand-ins take their places, and
+    that of `collections`.
 
     Raises:
         ImportError: it is not installed, or not of a kind that can be loaded so.
@@ -306,7 +307,10 @@ def _import_pystemd() -> tuple[Any, Any]:
     package.__path__ = list(found.submodule_search_locations)
     vars(utils)["x2char_star"] = _encoded
     vars(pprint)["pformat"] = repr
-    stand_ins = {module.__name__: module for module in (package, utils, pprint)}
+    stand_ins: dict[str, Any] = {
+        **{module.__name__: module for module in (package, utils, pprint)},
+        **_stand_ins_for_abstract_classes(),
+    }
     displaced = {name: sys.modules.get(name) for name in stand_ins}
     sys.modules.update(stand_ins)
     try:
@@ -318,6 +322,20 @@ def _import_pystemd() -> tuple[Any, Any]:
             else:
                 sys.modules[name] = module
     return DBusAddress, apply_signature
+
+
+def _stand_ins_for_abstract_classes() -> dict[str, Any]:
+    """Stand-ins for where Cython looks for the abstract classes of coroutines, to add its own.
+
+    They are in a module that `os` has loaded already; `collections` gives it another name, and
+    takes 2 ms to do so.
+    """
+    if "collections" in sys.modules:
+        return {}
+    collections, abstract = type(sys)("collections"), sys.modules["_collections_abc"]
+    vars(collections)["abc"] = abstract
+    # None is for "not there": it is a package of Python 2, looked for in all directories.
+    return {"collections": collections, "collections.abc": abstract, "backports_abc": None}
 
 
 def _encoded(text: str | bytes) -> bytes:
