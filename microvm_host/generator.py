@@ -48,28 +48,30 @@ def generate(
         _want(directory, vm, f"install-microvm@{declared.name}.service", units)
         if declared.autostart:
             _want(directory, TARGET, vm, units)
+    earlier = _earlier(found)
     for declared in found:
         _write_user(directory, declared)
-        _write_drop_in(directory, declared, _earlier(declared, found))
+        order = declared.order
+        _write_drop_in(directory, declared, [] if order is None else earlier[order])
 
 
 def _write_user(directory: str, declared: Declaration) -> None:
     """Have the VM run as the user that its declaration names."""
     if declared.user is not None:
         drop_ins = f"{directory}/{names.unit(declared.name)}.d"
-        os.makedirs(drop_ins, exist_ok=True)
+        _make_directory(drop_ins)
         with open(f"{drop_ins}/{users.DROP_IN}", "w", encoding="utf-8") as target:
             target.write(users.drop_in(declared.name, declared.user))
 
 
-def _earlier(declared: Declaration, others: list[Declaration]) -> list[str]:
-    """The VMs that start before this one, and stop after it, by their `order`."""
-    if declared.order is None:
-        return []
+def _earlier(declarations: list[Declaration]) -> dict[int, list[str]]:
+    """For each `order`, the VMs that start before those that have it, and stop after them."""
+    ordered = [(each.order, each.name) for each in declarations if each.order is not None]
     # All of them, not just the nearest: systemd orders what it starts or stops at the moment.
-    return [
-        other.name for other in others if other.order is not None and other.order < declared.order
-    ]
+    return {
+        order: [name for other, name in ordered if other < order]
+        for order in {order for order, _ in ordered}
+    }
 
 
 def _write_drop_in(directory: str, declared: Declaration, earlier: list[str]) -> None:
@@ -89,7 +91,7 @@ def _write_drop_in(directory: str, declared: Declaration, earlier: list[str]) ->
         return
     # Sorts before systemctl edit's override.conf, which therefore has the last word.
     path = f"{directory}/{names.unit(declared.name)}.d/50-declaration.conf"
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+    _make_directory(os.path.dirname(path))
     with open(path, "w", encoding="utf-8") as file:
         file.write(f"# What {declared.name}.toml says, by microvm-generator.\n")
         for section, lines in (("Unit", unit), ("Service", service)):
@@ -104,9 +106,17 @@ _RESTART = {"on-failure": "on-failure", "never": "no"}
 def _want(directory: str, unit: str, wanted: str, units: str) -> None:
     """Make `unit` want an instance of a template."""
     wants = f"{directory}/{unit}.wants"
-    os.makedirs(wants, exist_ok=True)
+    _make_directory(wants)
     template = wanted.partition("@")[0] + "@.service"
     os.symlink(f"{units}/{template}", f"{wants}/{wanted}")
+
+
+def _make_directory(path: str) -> None:
+    # Not os.makedirs, which looks for each parent: systemd has made the only one.
+    try:
+        os.mkdir(path)
+    except FileExistsError:
+        pass
 
 
 def main(argv: list[str], units: str) -> int:

@@ -8,15 +8,13 @@ generator reads declarations at boot: this package imports nothing but the stand
 
 from __future__ import annotations
 
-import difflib
 import os
-import tomllib
 
 from .. import names, users
 from ..errors import DeclarationError, NameInvalid
 from ..frozen import frozen
 from ..source import Source
-from . import checks
+from . import checks, plain
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -112,12 +110,7 @@ def load(path: str) -> Declaration:
         ) from error
     except OSError as error:
         raise DeclarationError(f"cannot be read: {error.strerror}", path=path) from error
-    try:
-        table = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:
-        # Beside its own TOMLDecodeError: numbers of thousands of digits, and nesting without end.
-        message, line = _syntax_error(str(error))
-        raise DeclarationError(f"is not TOML: {message}", path=path, line=line) from error
+    table = _table(text, path)
     settings = _checked(table, text, path)
     for key in ("runner", "flake", "user", "allow_host_devices"):
         settings.pop(key, None)
@@ -128,6 +121,21 @@ def load(path: str) -> Declaration:
         allow_host_devices=_addresses("allow_host_devices", table, text, path),
         **settings,
     )
+
+
+def _table(text: str, path: str) -> dict[str, Any]:
+    found: dict[str, Any] | None = plain.table(text)
+    if found is not None:
+        return found
+    # Not for the others: it takes longer to import than a hundred of them to read.
+    import tomllib
+
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        # Beside its own TOMLDecodeError: numbers of thousands of digits, and nesting without end.
+        message, line = _syntax_error(str(error))
+        raise DeclarationError(f"is not TOML: {message}", path=path, line=line) from error
 
 
 def _syntax_error(message: str) -> tuple[str, int | None]:
@@ -141,13 +149,14 @@ def _checked(table: dict[str, Any], text: str, path: str) -> dict[str, Any]:
     """The keys with what their values mean."""
     found = {}
     for key, value in table.items():
-        line = _line_of(key, text)
         if key not in _KEYS:
+            import difflib
+
             near = difflib.get_close_matches(key, _KEYS, 1)
             raise DeclarationError(
                 f"there is no key {key!r}",
                 path=path,
-                line=line,
+                line=_line_of(key, text),
                 hint=f"did you mean {near[0]}?" if near else f"known are {', '.join(_KEYS)}",
             )
         check = _KEYS[key]
@@ -159,7 +168,9 @@ def _checked(table: dict[str, Any], text: str, path: str) -> dict[str, Any]:
             else:
                 raise ValueError(f"is not {_TYPE_WORDS[check]}")
         except ValueError as error:
-            raise DeclarationError(f"{key} = {value!r} {error}", path=path, line=line) from error
+            raise DeclarationError(
+                f"{key} = {value!r} {error}", path=path, line=_line_of(key, text)
+            ) from error
     return found
 
 

@@ -190,27 +190,14 @@ def ours(*names: str) -> set[str]:
     return {"microvm_host", *(f"microvm_host.{name}" for name in names)}
 
 
-def test_generator_imports_little(tmp_path: Path) -> None:
-    found = loaded(
-        f"{BASE}sys.path.insert(0, {str(REPOSITORY)!r})\n"
-        f"import microvm_host.generator\nloaded = list(sys.modules)\n{REPORT}",
-        tmp_path,
-    )
-    costly = {"click", "pyroute2", "pystemd", "lxml", "subprocess", "dataclasses", "inspect"}
-    costly |= {"asyncio", "json", "argparse", "logging", "pathlib", "shutil", "tempfile", "socket"}
-    assert not found & costly
-    assert {name for name in found if name.startswith("microvm_host")} == ours(
-        *("declaration", "declaration.checks", "errors", "frozen", "generator", "log", "names"),
-        *("paths", "source", "users"),
-    )
-
-
-ALWAYS = ours("errors", "frozen", "helper", "log", "names", "paths", "record") | {
+# What each program of the toolkit loads, whatever it does.
+GROUND = {
     *("__future__", "_socket"),
     # Built in: `os` of Python 3.13 has it too.
     "errno",
     *("os", "os.path", "posixpath", "genericpath", "stat", "_stat", "_collections_abc", "abc"),
 }
+ALWAYS = ours("errors", "frozen", "helper", "log", "names", "paths", "record") | GROUND
 READS = ours("runner")
 LINKS = ours("identity", "interfaces", "interpreter", "links", "nodes", "plan", "runner") | {
     *ours("sysfs"),
@@ -248,6 +235,19 @@ BUDGET: dict[str, set[str]] = {
 MACHINERY = {"importlib", "importlib._bootstrap", "importlib._bootstrap_external"} | {
     *("importlib.machinery", "_frozen_importlib", "_frozen_importlib_external", "warnings"),
 }
+GENERATOR = ours(
+    *("declaration", "declaration.checks", "declaration.plain", "errors", "frozen", "generator"),
+    *("log", "names", "paths", "source", "users"),
+)
+LISTING = (
+    GROUND
+    | ours(
+        *("cli", "cli.classic", "cli.entry", "cli.table", "errors", "frozen", "identity"),
+        *("interpreter", "listing", "names", "paths", "process", "record", "source", "state"),
+        "systemd",
+    )
+    | {"grp", "pwd", "time"}
+)
 COSTLY = {"re", "dataclasses", "subprocess", "json", "typing", "inspect", "enum", "signal"} | {
     *("collections", "socket", "pathlib", "contextlib", "click", "pyroute2", "lxml", "logging")
 }
@@ -335,6 +335,34 @@ def test_waiting_for_a_guest_imports_little(tmp_path: Path) -> None:
     assert not found & COSTLY
     needed = ours("readiness", "supervised") | {"_signal", "select", "time"}
     assert found <= ALWAYS | needed | MACHINERY
+
+
+@pytest.mark.parametrize("declares", ['runner = "/a/package"\nautostart = true\norder = 3\n', None])
+def test_generator_imports_little(declares: str | None, tmp_path: Path) -> None:
+    (tmp_path / "etc/microvms").mkdir(parents=True)
+    (tmp_path / "output").mkdir()
+    if declares is not None:
+        (tmp_path / "etc/microvms/web.toml").write_text(f"# A web server.\n{declares}")
+    code = f"""{BASE}sys.path.insert(0, {str(REPOSITORY)!r})
+from microvm_host import generator
+if generator.main(["generator", {str(tmp_path / "output")!r}], "/units"): sys.exit(1)
+loaded = list(sys.modules)
+{REPORT}"""
+    found = loaded(code, tmp_path)
+    assert (declares is None) != (tmp_path / "output/microvms.target.wants").exists()
+    assert not found & COSTLY
+    assert found <= GENERATOR | GROUND | MACHINERY
+
+
+def test_listing_imports_little(root: Path) -> None:
+    code = f"""{BASE}sys.path.insert(0, {str(REPOSITORY)!r})
+from microvm_host.cli import entry
+if entry.main(["microvm", "-l"]): sys.exit(1)
+loaded = list(sys.modules)
+{REPORT}"""
+    found = loaded(code, root, PATH=f"{root}/programs:/usr/bin:/bin")
+    assert not found & COSTLY
+    assert found <= LISTING | GROUND | MACHINERY
 
 
 @pytest.mark.parametrize("verb", BUDGET)

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import os
+import tomllib
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from microvm_host import declaration
-from microvm_host.declaration import Declaration
+from microvm_host.declaration import Declaration, plain
 from microvm_host.errors import DeclarationError
 from microvm_host.source import Source
 
@@ -179,3 +182,62 @@ def test_unreadable(tmp_path: Path) -> None:
     (tmp_path / "web.toml").chmod(0)
     with pytest.raises(DeclarationError, match="cannot be read: Permission denied"):
         declaration.load(str(tmp_path / "web.toml"))
+
+
+# ---- plain TOML
+
+# What lines are made of, right and wrong, put together so that many of those drawn are TOML.
+_KEYS = ["a", "b-1", "_", "0", "a.b", '"a"', "é", "", " a", "\ta", "a b", "\ufeffa", "[a]"]
+_EQUALS = ["=", " = ", "  =", "\t=", "", "=="]
+_VALUES = ["true", "True", "false", "0", "7", "01", "+1", "-1", "1_0", "0x1", "123456789", "1e3"]
+_VALUES += [
+    "1234567890",
+    "٣",
+    '""',
+    '"x y"',
+    '"é"',
+    "'x'",
+    '"""x"""',
+    '"\\n"',
+    '"\t"',
+    '"\x7f"',
+    "inf",
+]
+_VALUES += ["", '"', '"a"b"', '"\u2028"', '"#"', "[1]", "{}", "1979-05-27", "2.5", '"a', "\x7f"]
+_ENDS = ["", "", "", " ", " # x", ' # "', "\t", "\r", " x", "#é", "# \x01"]
+
+
+def _lines() -> st.SearchStrategy[str]:
+    parts = (st.sampled_from(each) for each in (_KEYS, _EQUALS, _VALUES, _ENDS))
+    line = st.tuples(*parts).map("".join) | st.sampled_from(_ENDS) | st.text(max_size=10)
+    return st.lists(line, max_size=3).map("\n".join)
+
+
+@given(_lines())
+def test_plain_toml_is_what_tomllib_reads(text: str) -> None:
+    found = plain.table(text)
+    if found is not None:
+        read = tomllib.loads(text)
+        assert found == read
+        assert [*map(type, found.values())] == [*map(type, read.values())]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        '# one é\n\n  runner = "/a b"  \nautostart=true\norder = 0\n',
+        'a-b_1 = "é # \'"\nx = false\ny = 999999999',
+    ],
+)
+def test_usual_declarations_are_plain(text: str) -> None:
+    assert plain.table(text) == tomllib.loads(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a = 1\na = 2", "a = 01", 'a = "b" # "c"', 'a = "\\n"', "a = '1'", "a.b = 1", "a = ٣"]
+    + ["a = 1\r\n", "[a]", "a", "= 1", 'a = """b"""', 'a = "', "a = 1_0", '"a" = 1', "a = [1]"],
+)
+def test_what_is_not_plain_is_left_to_tomllib(text: str) -> None:
+    assert plain.table(text) is None
