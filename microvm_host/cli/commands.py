@@ -3,31 +3,33 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 
 import click
 
-from .. import (
-    __version__,
-    install,
-    listing,
-    names,
-    pcilisting,
-    reconcile,
-    runner,
-    state,
-    systemd,
-    users,
-)
-from .. import adopt as adoption
-from .. import apply as application
+from .. import __version__, names
 from ..errors import EXIT_CONFIG, EXIT_FAILED, MicrovmHostError, PackageError, UsageError
 from ..paths import HostPaths
 from ..source import Source, remembered
-from . import jobs, table
-from . import pci as pci_commands
+from .later import Later
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import json
+
+    from .. import adopt as adoption
+    from .. import apply as application
+    from .. import install, listing, pcilisting, reconcile, runner, state, systemd, users
+    from . import jobs, table
+    from . import pci as pci_commands
+else:
+    json = Later("json")
+    adoption, application = Later("..adopt"), Later("..apply")
+    install, listing, pcilisting = Later("..install"), Later("..listing"), Later("..pcilisting")
+    reconcile, runner, state = Later("..reconcile"), Later("..runner"), Later("..state")
+    systemd, users = Later("..systemd"), Later("..users")
+    jobs, pci_commands, table = Later(".jobs"), Later(".pci"), Later(".table")
 
 HOST = HostPaths.from_environment()
 
