@@ -4,6 +4,7 @@
 # make test        all tests, in throw-away hosts; installs what they need
 # make test-faults those tests that break things on purpose, with all their rounds: an hour
 # make fuzz        a million broken inputs for whatever root reads: ten minutes, no root needed
+# make bench       measures the toolkit beside shell scripts and supervisord: ten minutes
 # make check       format, types, unit, golden and static tests: no root, under a minute
 # make install     into this machine (DESTDIR, PREFIX and the directories below are honoured)
 # make uninstall   takes that back; VMs, their state and their declarations stay
@@ -41,7 +42,7 @@ RULES = $(notdir $(wildcard udev/*.rules))
 PACKAGES = $(sort $(dir $(wildcard microvm_host/*.py microvm_host/*/*.py)))
 MANPAGES = $(notdir $(wildcard man/*.[1-8]))
 
-.PHONY: all install uninstall check fuzz test test-faults demo demo-shell format clean
+.PHONY: all install uninstall check fuzz test test-faults bench demo demo-shell format clean
 all:
 	@sed -n 's/^# make/make/p' Makefile
 
@@ -146,6 +147,12 @@ test: check
 test-faults: export MICROVM_HOST_TEST_ROUNDS = full
 test-faults:
 	$(IN_TOOLS) $(AS_ROOT) $(PYTEST) -s -v -m fault tests/system
+
+# BENCH="start-16-taps list-1000" measures these alone, BENCH=--keep writes docs/benchmarks.*,
+# BENCH=--help tells the rest.
+bench:
+	tests/prerequisites
+	$(IN_TOOLS) $(AS_ROOT) $$tools/bin/python -B -m tests.bench $(BENCH)
 
 demo:
 	tests/prerequisites

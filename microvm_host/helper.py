@@ -403,14 +403,20 @@ def guard(name: str, host: HostPaths) -> None:
     from . import guard, hypervisor, systemd
 
     unit = names.unit(name)
-    environment = systemd.show(unit, "Environment").get("Environment", "")
+    # In one call, since it runs while the VM is being stopped.
+    first = systemd.show(unit, "Environment", *guard.PROPERTIES)
     times = hypervisor.Times()
     patience = guard.patience(
-        environment,
+        first.get("Environment", ""),
         {"MICROVM_SHUTDOWN_SECONDS": times.guest, "MICROVM_TERMINATE_SECONDS": times.terminate},
         _as_seconds,
     )
-    guard.watch(name, patience + GUARD_WAITS, lambda: systemd.show(unit, *guard.PROPERTIES))
+    looks = [first]
+    guard.watch(
+        name,
+        patience + GUARD_WAITS,
+        lambda: looks.pop() if looks else systemd.show(unit, *guard.PROPERTIES),
+    )
 
 
 def install(name: str, host: HostPaths) -> None:

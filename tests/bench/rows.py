@@ -193,7 +193,7 @@ class Bench:
             way: {"timed": start(way, names), "after": [stop(way, names)]}
             for way in ("toolkit", "plain")
         }
-        found = self.time(3, ways, by_systemd=True)
+        found = self.time(2, ways, by_systemd=True)
         self.row(part, "start of 100 VMs with a tap each, all at once", found, 0.8)
 
     def stop_16_taps(self, part: str) -> None:
@@ -246,7 +246,7 @@ class Bench:
         self.lists(part, 10, 0.5, 15)
 
     def list_1000(self, part: str) -> None:
-        self.lists(part, 1000, 0.01, 3)
+        self.lists(part, 1000, 0.01, 2)
 
     def declare(self, count: int) -> dict[str, dict[str, Any]]:
         """Declare VMs; gives how the generator is run for them."""
