@@ -248,6 +248,10 @@ LISTING = (
     )
     | {"grp", "pwd", "time"}
 )
+HELP = ours(
+    *("cli", "cli.classic", "cli.commands", "cli.entry", "cli.later", "errors", "frozen"),
+    *("interpreter", "names", "paths", "source"),
+)
 COSTLY = {"re", "dataclasses", "subprocess", "json", "typing", "inspect", "enum", "signal"} | {
     *("collections", "socket", "pathlib", "contextlib", "click", "pyroute2", "lxml", "logging")
 }
@@ -363,6 +367,20 @@ loaded = list(sys.modules)
     found = loaded(code, root, PATH=f"{root}/programs:/usr/bin:/bin")
     assert not found & COSTLY
     assert found <= LISTING | GROUND | MACHINERY
+
+
+def test_help_imports_click_and_none_of_what_does_the_work(root: Path) -> None:
+    click = pytest.importorskip("click")
+    code = f"""{BASE}sys.path[:0] = [{str(REPOSITORY)!r}, {str(Path(click.__file__).parents[1])!r}]
+from microvm_host.cli import entry
+try:
+    entry.main(["microvm", "--help"])
+except SystemExit as end:
+    if end.code: raise
+loaded = list(sys.modules)
+{REPORT}"""
+    found = {name for name in loaded(code, root) if name.startswith("microvm_host")}
+    assert found <= HELP
 
 
 @pytest.mark.parametrize("verb", BUDGET)
