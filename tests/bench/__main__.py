@@ -53,8 +53,13 @@ def main() -> int:
                 plain.install(host)
             machine = report.machine(bench.toolkit)
             for part in options.parts or rows.PARTS:
-                with step(part):
-                    rows.PARTS[part](bench, part)
+                try:
+                    with step(part):
+                        rows.PARTS[part](bench, part)
+                except KeyboardInterrupt:
+                    # What was measured so far took its time, and is shown.
+                    bench.results.notes.append(f"Interrupted in {part}: the rest is not measured.")
+                    break
     except (AssertionError, HostError, CommandFailed, subprocess.TimeoutExpired) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1

@@ -81,7 +81,7 @@ def _growth(growth: list[Growth], top: int) -> tuple[list[str], int]:
         f'<g fill="{_PLAIN}">{_text(300, top + 22, "plain way", bold=True)}</g>',
     ]
     for number, work in enumerate(works):
-        left = 40 + number % 3 * (_PANEL + _GAP - 10)
+        left = 60 + number % 3 * (_PANEL + _GAP - 25)
         upper = top + 60 + number // 3 * (_PANEL_HEIGHT + _GAP)
         drawn += _panel(work, [each for each in growth if each.work == work], left, upper)
     return drawn, 60 + ceil(len(works) / 3) * (_PANEL_HEIGHT + _GAP)

@@ -288,7 +288,7 @@ class Bench:
     def grow(self, count: int) -> None:
         names = [f"vm{number}" for number in range(count)]
         self.make([plain.PlainStub(name=name, system=SYSTEM) for name in names])
-        rounds = {1: 9, 10: 5, 100: 3, 1000: 1}[count]
+        rounds = {1: 4, 10: 3, 100: 2, 1000: 1}[count]
         ups: dict[str, list[float]] = {}
         downs: dict[str, list[float]] = {}
         held: dict[str, list[float]] = {}
