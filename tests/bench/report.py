@@ -13,7 +13,7 @@ from typing import Any
 from tests.system.toolkit import Toolkit
 
 from .plot import plot
-from .rows import Figures, Results, Row
+from .rows import Figures, Growth, Results, Row
 
 # What stands between these in docs/benchmarks.md is written by `make bench BENCH=--keep`.
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
@@ -64,18 +64,19 @@ def markdown(machine: dict[str, Any], results: Results) -> str:
             "|---|" + "---|" * len(counts),
         ]
         for work in dict.fromkeys(each.work for each in results.growth):
+            found = {each.count: each for each in results.growth if each.work == work}
             cells = [
-                f"{_number(each.toolkit.median)} / "
-                + (_number(each.plain.median) if each.plain else "–")
-                + f" {each.unit}"
-                for count in counts
-                for each in results.growth
-                if each.work == work and each.count == count
+                _growth(found[count]) if count in found else "not measured" for count in counts
             ]
             lines.append(f"| {work} | {' | '.join(cells)} |")
         lines.append("")
     lines += [f"- {note}" for note in results.notes]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _growth(each: Growth) -> str:
+    plain = _number(each.plain.median) if each.plain else "–"
+    return f"{_number(each.toolkit.median)} / {plain} {each.unit}"
 
 
 def _line(row: Row) -> str:

@@ -291,7 +291,6 @@ class Bench:
         rounds = {1: 4, 10: 3, 100: 2, 1000: 1}[count]
         ups: dict[str, list[float]] = {}
         downs: dict[str, list[float]] = {}
-        held: dict[str, list[float]] = {}
         lists: dict[str, list[float]] = {}
         reloads: dict[str, list[float]] = {}
         # The first round shows systemd the units; with a thousand of them that takes too long
@@ -299,9 +298,7 @@ class Bench:
         warm_ups = 1 if count < 1000 else 0
         for number in range(rounds + warm_ups):
             for way in ("toolkit", "plain") if number % 2 else ("plain", "toolkit"):
-                before = self.ask(kind="pid 1")
                 up = self.time(1, {way: {"timed": start(way, names)}}, by_systemd=True, warm_ups=0)
-                after = self.ask(kind="pid 1")
                 listed = self.time(1, {way: LISTINGS[way]}, warm_ups=0)
                 reload = {way: {"timed": ["systemctl", "daemon-reload"]}}
                 reloaded = self.time(1, reload, by_systemd=True, warm_ups=0)
@@ -311,13 +308,11 @@ class Bench:
                     downs.setdefault(way, []).extend(down[way].samples)
                     lists.setdefault(way, []).extend(listed[way].samples)
                     reloads.setdefault(way, []).extend(reloaded[way].samples)
-                    held.setdefault(way, []).append(float(after - before))
         for work, samples, unit in (
             ("start all", ups, "ms"),
             ("stop all", downs, "ms"),
             ("list", lists, "ms"),
             ("daemon-reload, all running", reloads, "ms"),
-            ("memory that systemd gained", held, "kB PSS"),
         ):
             found = {way: Figures(tuple(values)) for way, values in samples.items()}
             self.results.growth.append(Growth(work, count, found["toolkit"], found["plain"], unit))
