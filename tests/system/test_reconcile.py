@@ -10,7 +10,7 @@ import pytest
 
 from tests.guest.package import Share, Stub, Tap
 
-from .toolkit import Toolkit
+from .toolkit import Toolkit, eventually
 
 pytestmark = pytest.mark.container
 
@@ -156,7 +156,13 @@ def test_nothing_of_a_vm_that_runs(toolkit: Toolkit, vm: str) -> None:
     toolkit.sh("mkdir -p /srv/data")
     toolkit.create(stub(vm))
     toolkit.host.run(["microvm", "start", vm])
-    before = toolkit.footprint()
+    # Its script has become what runs from now on.
+    before = eventually(
+        toolkit.footprint,
+        lambda found: "process sleep infinity " in found,
+        10,
+        "it does not run",
+    )
     assert reconcile(toolkit, vm, "--apply", "--yes") == (0, [])
     assert toolkit.footprint() == before
 
