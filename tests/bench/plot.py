@@ -20,6 +20,7 @@ def plot(results: Results) -> str:
     growth, more = _growth(results.growth, height)
     height += more
     return (
+        "<!-- SPDX-License-Identifier: MIT -->\n"
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
         f'width="{WIDTH}" height="{height}" font-family="sans-serif" font-size="12">\n'
         f'<rect width="{WIDTH}" height="{height}" fill="white"/>\n'

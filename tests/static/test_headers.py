@@ -8,7 +8,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
 # Other than source: they have no comments, or are compared byte by byte.
-WITHOUT = {"LICENSE", ".gitignore", "requirements.txt"}
+WITHOUT = {"LICENSE", ".gitignore", "requirements.txt", "benchmarks.json"}
 LEFT_OUT = {"golden", "corpus", "__pycache__", "build", "dist"}
 
 
