@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 
 from . import declaration, install, names, process, systemd
+from .declaration import claims
 from .errors import DeclarationError, MicrovmHostError
 from .frozen import frozen
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from .declaration import Declaration
+    from .declaration.claims import Claims
     from .paths import HostPaths
 
 
@@ -44,6 +46,8 @@ def apply(host: HostPaths, *, dry_run: bool = False) -> Iterator[Outcome]:
         # The generator runs anew: microvms.target wants what is declared now.
         process.output(["systemctl", "daemon-reload"])
     active = systemd.states(names.unit("*"))
+    # Read once for all, and only if one of them is built here.
+    others: Claims | None = None
     for found in declaration.load_all(host.declarations):
         if isinstance(found, DeclarationError):
             path = found.path or ""
@@ -51,13 +55,16 @@ def apply(host: HostPaths, *, dry_run: bool = False) -> Iterator[Outcome]:
             continue
         runs = active.get(names.unit(found.name)) in ("active", "activating")
         try:
-            yield _would(found, host, runs=runs) if dry_run else _bring_up(found, host, runs=runs)
+            if others is None and found.source.kind == "declaration":
+                others = claims.gather(host.declarations)
+            do = _would if dry_run else _bring_up
+            yield do(found, host, others, runs=runs)
         except MicrovmHostError as error:
             yield Outcome(found.name, f"{found.name}: {error}", False, error)
 
 
-def _bring_up(found: Declaration, host: HostPaths, *, runs: bool) -> Outcome:
-    change = install.declared(found, host)
+def _bring_up(found: Declaration, host: HostPaths, others: Claims | None, *, runs: bool) -> Outcome:
+    change = install.declared(found, host, others)
     text, unit = change.describe(), names.unit(found.name)
     if runs and change.wants_restart:
         if found.restart_if_changed:
@@ -72,16 +79,16 @@ def _bring_up(found: Declaration, host: HostPaths, *, runs: bool) -> Outcome:
     return Outcome(found.name, text, change.is_new)
 
 
-def _would(found: Declaration, host: HostPaths, *, runs: bool) -> Outcome:
-    from . import runner, state
+def _would(found: Declaration, host: HostPaths, others: Claims | None, *, runs: bool) -> Outcome:
+    from . import state
 
     before = state.pointed_to(host.current(found.name))
     name, parts = found.name, []
-    if found.source.kind == "flake":
+    after = install.would_be(found.name, found.source, host, others)
+    if after is None:
         parts.append(f"would build {found.source.reference}")
         is_new = True
     else:
-        after = runner.load(found.source.reference).path
         is_new = before != after
         if is_new:
             verb = "install" if before is None else f"update from {before} to"

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Brings `current` of a VM up to date: from a path of this host, or by building a flake with nix.
+"""Brings `current` of a VM up to date, and turns it back.
+
+A package comes from a path of this host, from a flake that nix builds, or from a declaration that
+says itself what the guest is like, of which it is built into the store.
 
 All or nothing: the new package is there and was checked before `current` turns to it; whatever
 fails leaves the old one.
@@ -10,15 +13,18 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from contextlib import ExitStack
 
-from . import runner, state, systemd, users
+from . import runner, state, store, systemd, users
 from .errors import MicrovmHostError, UsageError
 from .frozen import frozen
 from .source import DECLARED, KINDS, Source
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from .build.tree import Tree
     from .declaration import Declaration
+    from .declaration.claims import Claims
     from .paths import HostPaths
 
 NIX = ("nix", "--extra-experimental-features", "nix-command flakes")
@@ -26,12 +32,16 @@ NIX = ("nix", "--extra-experimental-features", "nix-command flakes")
 
 @frozen
 class Change:
-    """What became of a VM's `current`; None stands for no package."""
+    """What became of a VM's `current`; None stands for no package.
+
+    `passed_over` is the package that its declaration gives, where a rollback has another stay.
+    """
 
     name: str
     before: str | None
     after: str
     booted: str | None
+    passed_over: str | None = None
 
     @property
     def is_new(self) -> bool:
@@ -43,6 +53,11 @@ class Change:
         return self.booted is not None and self.booted != self.after
 
     def describe(self) -> str:
+        if self.passed_over is not None:
+            return (
+                f"{self.name}: stays rolled back to {self.after}; `microvm update {self.name}` "
+                "has it follow its declaration again"
+            )
         if self.before is None:
             return f"{self.name}: installed {self.after}"
         if self.is_new:
@@ -78,49 +93,144 @@ def create(name: str, source: Source, host: HostPaths, user: str | None = None) 
         raise
 
 
-def declared(found: Declaration, host: HostPaths) -> Change:
-    """Bring a declared VM up to date, its user included; raises as from_source."""
+def declared(found: Declaration, host: HostPaths, others: Claims | None = None) -> Change:
+    """Bring a declared VM up to date, its user included; raises as from_source.
+
+    A VM that was rolled back stays so until its declaration, or what it is built with, changes.
+
+    Args:
+        others: what all declared VMs claim, if the caller knows already.
+    """
     if found.user is not None:
         users.ensure(found.name, found.user, host)
-    return from_source(found.name, found.source, host, is_declared=True)
+    return from_source(found.name, found.source, host, others, is_declared=True)
 
 
-def from_source(name: str, source: Source, host: HostPaths, *, is_declared: bool = False) -> Change:
+def from_source(
+    name: str,
+    source: Source,
+    host: HostPaths,
+    others: Claims | None = None,
+    *,
+    is_declared: bool = False,
+) -> Change:
     """Take the package from its source, check it, and make it `current`.
 
     Args:
-        is_declared: the source stands in a declaration, which is remembered.
+        others: what all declared VMs claim, if the caller knows already.
+        is_declared: the source stands in a declaration, which is remembered; and a rollback is
+            heeded, which was somebody's wish, as is any other call.
 
     Raises:
         MicrovmHostError: it cannot be had; `current` is as it was, and a VM that was not there
             is not there now.
         PackageError: it is no package, or a wrong one; likewise.
+        DeclarationError: it is declared wrongly; likewise.
     """
     is_new = not os.path.lexists(host.vm(name))
     before = state.pointed_to(host.current(name))
-    state.prepare(name, systemd.identity(name).gid, host)
+    gid = systemd.identity(name).gid
+    state.prepare(name, gid, host)
+    is_built = source.kind == "declaration"
+    passed_over = None
+    stack = ExitStack()
     try:
-        is_flake = source.kind == "flake"
-        package = _build(name, source.reference, host) if is_flake else source.reference
+        if is_built:
+            # Before the declaration is read, so that of two at a time the second is the newer.
+            stack.enter_context(store.locked(host))
+            stack.callback(store.collect, host)
+            tree = _tree(source.reference, host, others)
+            package = store.put(tree, name, gid, host)
+        else:
+            is_flake = source.kind == "flake"
+            package = _build(name, source.reference, host) if is_flake else source.reference
         after = runner.load(package).path
+        if is_built and is_declared and before and store.turned_away_from(name, host) == after:
+            passed_over, after = after, before
         _keep_from_collection(name, after, host)
         _remember(name, source, host)
         if is_declared:
             _write(f"{host.vm(name)}/{DECLARED}", "")
         if after != before:
             state.link(host.current(name), after)
+        if is_built and passed_over is None:
+            store.note(name, after, host)
     except BaseException:
         if is_new:
             # Nothing but our own is in a directory that was not there before.
-            remove(name, host)
+            _remove(name, host)
         raise
     finally:
         _drop_build_link(name, host)
+        stack.close()
+    return Change(name, before, after, state.booted(name, host), passed_over)
+
+
+def _tree(path: str, host: HostPaths, others: Claims | None) -> Tree:
+    """What the package of a declared guest would be; raises MicrovmHostError."""
+    from .build import declared
+    from .declaration import claims
+
+    return declared.tree(path, claims.gather(host.declarations) if others is None else others)
+
+
+def would_be(
+    name: str, source: Source, host: HostPaths, others: Claims | None = None
+) -> str | None:
+    """Where the package from a source would be, without installing it; None if only nix knows.
+
+    Raises:
+        MicrovmHostError: it cannot be had, or is wrong.
+    """
+    if source.kind == "flake":
+        return None
+    if source.kind == "runner":
+        return runner.load(source.reference).path
+    path = store.path_of(_tree(source.reference, host, others), name, host)
+    if store.turned_away_from(name, host) == path:
+        return state.pointed_to(host.current(name))
+    return path
+
+
+def roll_back(name: str, to: str | None, host: HostPaths) -> Change:
+    """Give a VM a package that it had before.
+
+    Args:
+        to: the beginning of that package's digest; None for the last one before the current.
+
+    Raises:
+        MicrovmHostError: there is no such package any more.
+    """
+    with store.locked(host):
+        before = state.pointed_to(host.current(name))
+        others = [package for package in store.kept(name, host) if package != before]
+        if to is not None:
+            others = [each for each in others if os.path.basename(each).startswith(to)]
+        if not others or (to is not None and len(others) > 1):
+            raise MicrovmHostError(
+                f"microVM {name} had no other package"
+                + (f" that begins with {to!r}" if to is not None else " before, or none is left")
+                if not others
+                else f"several packages of {name} begin with {to!r}",
+                path=host.history(name),
+                hint=f"`microvm history {name}` shows those that are left",
+            )
+        after = runner.load(others[0]).path
+        state.link(host.current(name), after)
+        store.note(name, after, host, instead_of=before)
     return Change(name, before, after, state.booted(name, host))
 
 
 def remove(name: str, host: HostPaths) -> None:
     """Delete a VM that does not run, with all of its state; its user stays."""
+    _remove(name, host)
+    if os.path.isdir(host.packages):
+        with store.locked(host):
+            store.collect(host)
+
+
+def _remove(name: str, host: HostPaths) -> None:
+    store.forget(name, host)
     shutil.rmtree(host.vm(name))
     users.remove_drop_in(name, host)
     _forget_gc_roots(name, host)

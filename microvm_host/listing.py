@@ -216,7 +216,7 @@ def _newest(
         return None
     if source.kind == "runner":
         return _version(source.reference)
-    return newest_by_nix(name, source) if newest_by_nix else None
+    return newest_by_nix(name, source) if newest_by_nix and source.kind == "flake" else None
 
 
 def as_text(row: Row, paint: Callable[[str, str], str]) -> str:

@@ -32,6 +32,18 @@ MICROVM_SHUTDOWN = "bin/microvm-shutdown"
 OPENED = "/proc/self/fd"
 
 VIRTIOFSD_RUN = "bin/virtiofsd-run"
+MICROVM_BALLOON = "bin/microvm-balloon"
+MICROVM_REGISTER = "bin/microvm-register"
+MICROVM_UNREGISTER = "bin/microvm-unregister"
+
+# Where device nodes are, on this host and in guests.
+DEVICES = "/dev"
+# What scripts of packages are run by: POSIX has it nowhere else.
+SHELL = "/bin/sh"
+# Where programs are that packages call, whatever the $PATH of who builds them.
+PROGRAM_PLACES = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")
+# Where QEMU is in distributions that do not have it for people to call.
+QEMU_PLACES = (*PROGRAM_PLACES, "/usr/libexec")
 
 
 @frozen
@@ -65,6 +77,24 @@ class HostPaths:
     def booted(self, name: str) -> str:
         """Link to the package that runs now; absent while the VM is down."""
         return f"{self.vm(name)}/booted"
+
+    @property
+    def packages(self) -> str:
+        """Holds the packages that were built from declarations, DIGEST-NAME."""
+        return self.at("/var/lib/microvm-host/packages")
+
+    @property
+    def histories(self) -> str:
+        """Holds a file a VM, with the packages that it had."""
+        return self.at("/var/lib/microvm-host/history")
+
+    def history(self, name: str) -> str:
+        return f"{self.histories}/{name}.json"
+
+    @property
+    def packages_lock(self) -> str:
+        """Held by whoever puts packages there or takes them away."""
+        return self.at("/run/microvm-host-packages.lock")
 
     @property
     def declarations(self) -> str:

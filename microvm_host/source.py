@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Where a VM's package comes from: a path of this host, or a flake to build."""
+"""Where a VM's package comes from: a path of this host, or a flake or a declaration to build."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .errors import NameInvalid
 from .frozen import frozen
 
 # Files in the state directory that remember it, one line each; `flake` as on NixOS.
-KINDS = ("runner", "flake")
+KINDS = ("runner", "flake", "declaration")
 # Beside them, an empty file: a declaration says that this VM is to be.
 DECLARED = "declared"
 # Far more than a flake reference is long.
@@ -52,7 +52,11 @@ def _is_roots_file(status: os.stat_result) -> bool:
 
 @frozen
 class Source:
-    """`kind` is `runner`, with a path as `reference`, or `flake`, with a flake reference."""
+    """`kind` says what `reference` is.
+
+    `runner`: a package's path; `flake`: a flake reference; `declaration`: the path of a declaration
+    that says itself what the guest is like.
+    """
 
     kind: str
     reference: str
@@ -62,9 +66,9 @@ class Source:
         reference = self.reference
         if not reference or not reference.isprintable():
             raise NameInvalid(f"{self.kind} {reference!r} is empty or not printable")
-        if self.kind == "runner" and not reference.startswith("/"):
+        if self.kind != "flake" and not reference.startswith("/"):
             raise NameInvalid(
-                f"runner {reference!r} is not an absolute path", hint="it begins with /"
+                f"{self.kind} {reference!r} is not an absolute path", hint="it begins with /"
             )
         if self.kind == "flake" and "#" in reference:
             raise NameInvalid(

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """A declaration, `/etc/microvms/NAME.toml`, read and checked.
 
-A file goes in, a frozen value comes out, or DeclarationError says file, line, key and value. The
-generator reads declarations at boot: this package imports nothing but the standard library,
-`errors`, `frozen`, `names`, `source` and `users`.
+A file goes in, with its drop-ins; a frozen value comes out, or DeclarationError says file, line,
+key and value. What the guest itself is like is checked by `guest`, which the generator has no use
+for: that one reads declarations at boot, and importing this package imports nothing but the
+standard library, `errors`, `frozen`, `names`, `source` and `users`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from .. import names, users
 from ..errors import DeclarationError, NameInvalid
 from ..frozen import frozen
 from ..source import Source
-from . import checks, plain
+from . import checks
+from .document import Document, is_declaration
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -39,6 +41,13 @@ _KEYS: dict[str, type | Callable[[object], object]] = {
     "terminate_timeout": checks.seconds,
 }
 _TYPE_WORDS = {str: "a string", bool: "true or false", list: "a list"}
+# The keys by which a declaration says the guest itself; `schema` knows the rest about them.
+GUEST_KEYS = (
+    *("hypervisor", "kernel", "initrd", "kernelParams", "vcpu", "mem", "balloon", "deflateOnOOM"),
+    *("initialBalloonMem", "hotplugMem", "hotpluggedMem", "cpu", "volumes", "interfaces"),
+    *("forwardPorts", "shares", "devices", "vsock", "readiness", "socket", "machineId"),
+    *("registerWithMachined", "credentialFiles", "qemu"),
+)
 
 
 @frozen
@@ -84,12 +93,19 @@ def load_all(directory: str) -> Iterator[Declaration | DeclarationError]:
     except FileNotFoundError:
         return
     for file in files:
-        # Editors leave hidden files, which declare nothing.
-        if file.endswith(".toml") and not file.startswith("."):
+        if is_declaration(file):
             try:
                 yield load(f"{directory}/{file}")
             except DeclarationError as error:
                 yield error
+
+
+def read(path: str) -> Document:
+    """Read the text of a declaration and its drop-ins; raises DeclarationError."""
+    name = name_of(path)
+    if not os.path.lexists(path):
+        raise DeclarationError(f"microVM {name} is not declared: there is no such file", path=path)
+    return Document(path)
 
 
 def load(path: str) -> Declaration:
@@ -98,66 +114,36 @@ def load(path: str) -> Declaration:
     Raises:
         DeclarationError: it is not there or not right.
     """
-    name = name_of(path)
-    try:
-        with open(path, "rb") as source:
-            text = source.read().decode()
-    except UnicodeDecodeError as error:
-        raise DeclarationError("is not UTF-8 text", path=path) from error
-    except FileNotFoundError as error:
-        raise DeclarationError(
-            f"microVM {name} is not declared: there is no such file", path=path
-        ) from error
-    except OSError as error:
-        raise DeclarationError(f"cannot be read: {error.strerror}", path=path) from error
-    table = _table(text, path)
-    settings = _checked(table, text, path)
+    document = read(path)
+    settings = _checked(document)
     for key in ("runner", "flake", "user", "allow_host_devices"):
         settings.pop(key, None)
     return Declaration(
-        name=name,
-        source=_source(table, text, path),
-        user=_user(table, text, path),
-        allow_host_devices=_addresses("allow_host_devices", table, text, path),
+        name=name_of(path),
+        source=_source(document),
+        user=_user(document),
+        allow_host_devices=_addresses("allow_host_devices", document),
         **settings,
     )
 
 
-def _table(text: str, path: str) -> dict[str, Any]:
-    found: dict[str, Any] | None = plain.table(text)
-    if found is not None:
-        return found
-    # Not for the others: it takes longer to import than a hundred of them to read.
-    import tomllib
-
-    try:
-        return tomllib.loads(text)
-    except (ValueError, RecursionError) as error:
-        # Beside its own TOMLDecodeError: numbers of thousands of digits, and nesting without end.
-        message, line = _syntax_error(str(error))
-        raise DeclarationError(f"is not TOML: {message}", path=path, line=line) from error
-
-
-def _syntax_error(message: str) -> tuple[str, int | None]:
-    """Take apart what tomllib says: `Invalid value (at line 3, column 5)`."""
-    text, _, place = message.rpartition(" (at line ")
-    number = place.partition(",")[0]
-    return (text, int(number)) if text and number.isdigit() else (message, None)
-
-
-def _checked(table: dict[str, Any], text: str, path: str) -> dict[str, Any]:
-    """The keys with what their values mean."""
+def _checked(document: Document) -> dict[str, Any]:
+    """The host's keys with what their values mean."""
     found = {}
-    for key, value in table.items():
+    for key, value in document.table.items():
+        if key in GUEST_KEYS:
+            continue
         if key not in _KEYS:
             import difflib
 
-            near = difflib.get_close_matches(key, _KEYS, 1)
-            raise DeclarationError(
+            from .elsewhere import hint
+
+            near = difflib.get_close_matches(key, (*_KEYS, *GUEST_KEYS), 1)
+            raise document.error(
+                (key,),
                 f"there is no key {key!r}",
-                path=path,
-                line=_line_of(key, text),
-                hint=f"did you mean {near[0]}?" if near else f"known are {', '.join(_KEYS)}",
+                hint(key)
+                or (f"did you mean {near[0]}?" if near else f"known are {', '.join(_KEYS)}, …"),
             )
         check = _KEYS[key]
         try:
@@ -168,68 +154,60 @@ def _checked(table: dict[str, Any], text: str, path: str) -> dict[str, Any]:
             else:
                 raise ValueError(f"is not {_TYPE_WORDS[check]}")
         except ValueError as error:
-            raise DeclarationError(
-                f"{key} = {value!r} {error}", path=path, line=_line_of(key, text)
-            ) from error
+            raise document.error((key,), f"{key} = {value!r} {error}") from error
     return found
 
 
-def _source(table: dict[str, Any], text: str, path: str) -> Source:
+def _source(document: Document) -> Source:
+    table = document.table
     given = [key for key in ("runner", "flake") if key in table]
+    guest = [key for key in table if key in GUEST_KEYS]
+    if not given and guest:
+        # The files are read, and what they say of the guest is checked, when it is built.
+        return Source("declaration", document.path)
     if len(given) != 1:
-        raise DeclarationError(
+        raise document.error(
+            ("flake",) if given else (),
             "has both runner and flake" if given else "says not what to run",
-            path=path,
-            line=_line_of("flake", text) if given else None,
-            hint='give one of runner = "/path/to/package" and flake = "…"',
+            'give one of runner = "/path/to/package", flake = "…", and kernel = "/path/to/kernel"',
+        )
+    if guest:
+        raise document.error(
+            (guest[0],),
+            f"has both {given[0]} and {guest[0]}",
+            f"what {given[0]} gives says already what the guest is like",
         )
     try:
         return Source(given[0], table[given[0]]).checked()
     except NameInvalid as error:
-        raise DeclarationError(
-            error.message, path=path, line=_line_of(given[0], text), hint=error.hint
-        ) from error
+        raise document.error((given[0],), error.message, error.hint) from error
 
 
-def _user(table: dict[str, Any], text: str, path: str) -> str | None:
-    if "user" not in table:
+def _user(document: Document) -> str | None:
+    if "user" not in document.table:
         return None
     try:
-        return users.checked(table["user"])
+        return users.checked(document.table["user"])
     except NameInvalid as error:
-        raise DeclarationError(
-            error.message, path=path, line=_line_of("user", text), hint=error.hint
-        ) from error
+        raise document.error(("user",), error.message, error.hint) from error
 
 
-def _addresses(key: str, table: dict[str, Any], text: str, path: str) -> tuple[str, ...]:
+def _addresses(key: str, document: Document) -> tuple[str, ...]:
     """A list of PCI addresses, in full: what is allowed is not to be guessed by a glob."""
     found = []
-    for value in table.get(key, []):
-        line = _line_of(key, text)
+    for number, value in enumerate(document.table.get(key, [])):
+        at = (key, number)
         if not isinstance(value, str):
-            raise DeclarationError(
-                f"{key} has {value!r}, which is not a string", path=path, line=line
-            )
+            raise document.error(at, f"{key} has {value!r}, which is not a string")
         try:
             address = names.pci_address(value)
         except NameInvalid as error:
-            raise DeclarationError(error.message, path=path, line=line, hint=error.hint) from error
+            raise document.error(at, error.message, error.hint) from error
         if "*" in address:
-            raise DeclarationError(
+            raise document.error(
+                at,
                 f"{key} has {value!r}, which may stand for several devices",
-                path=path,
-                line=line,
-                hint="name each by its address",
+                "name each by its address",
             )
         found.append(address)
     return tuple(found)
-
-
-def _line_of(key: str, text: str) -> int | None:
-    """The line that sets a key, for messages; None where the key is written unusually."""
-    for number, line in enumerate(text.split("\n"), 1):
-        word = line.partition("=")[0].strip().strip("\"'")
-        if word == key or line.strip().strip("[]").strip() == key:
-            return number
-    return None

@@ -26,7 +26,7 @@ LAYERS: tuple[set[str], ...] = (
     {"names", "paths", "identity", "interpreter", "process", "record", "source", "state", "sysfs"},
     {"interfaces", "log", "pcibus", "runner", "control", "trust", "users"},
     {"declaration", "hostuse", "nodes", "pciids"},
-    {"plan", "systemd"},
+    {"build", "plan", "store", "systemd"},
     # What changes the host; these do not know of each other.
     {
         "links",
@@ -112,6 +112,17 @@ def test_arrows_run_down(path: Path) -> None:
             assert LAYER[ours] < LAYER[module], f"{path}:{line}: {module} must not import {ours}"
         if theirs in KEEPERS:
             assert module in KEEPERS[theirs], f"{path}:{line}: {module} must not import {theirs}"
+
+
+def test_builders_and_effects_never_meet() -> None:
+    effects = next(layer for layer in LAYERS if "links" in layer)
+    for path in FILES:
+        for line, ours, _ in imports(path):
+            assert module_of(path) not in effects or ours != "build", f"{path}:{line}"
+            # Nor does what reads packages help those who make them.
+            assert module_of(path) != "build" or ours not in (*effects, "runner", "store"), (
+                f"{path}:{line}"
+            )
 
 
 def test_ground_imports_nothing() -> None:
@@ -236,8 +247,8 @@ MACHINERY = {"importlib", "importlib._bootstrap", "importlib._bootstrap_external
     *("importlib.machinery", "_frozen_importlib", "_frozen_importlib_external", "warnings"),
 }
 GENERATOR = ours(
-    *("declaration", "declaration.checks", "declaration.plain", "errors", "frozen", "generator"),
-    *("log", "names", "paths", "source", "users"),
+    *("declaration", "declaration.checks", "declaration.document", "declaration.plain"),
+    *("errors", "frozen", "generator", "log", "names", "paths", "source", "users"),
 )
 LISTING = (
     GROUND

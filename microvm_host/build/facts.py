@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: MIT
+"""The files below `share/microvm`, one fact a file (docs/runner-package.md).
+
+Those that microvm.nix writes have its bytes; the others are this project's additions.
+"""
+
+from __future__ import annotations
+
+from ..paths import MICROVM_REGISTER, MICROVM_UNREGISTER
+from . import shell
+from .tree import File
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..declaration.guest import Guest, Share
+    from .tools import Tools
+    from .tree import Copy, Link
+
+SHARE = "share/microvm"
+# systemd's vmm.notify_socket: above those that administrators use for services of their own.
+_NOTIFY_PORTS = 9000
+_PORT_MAX = 0xFFFFFFFE
+
+
+def notify_port(cid: int) -> int:
+    """The port of the host at which a guest says that it is ready: no two VMs have the same."""
+    port = cid + _NOTIFY_PORTS
+    return port if port <= _PORT_MAX else cid - _NOTIFY_PORTS
+
+
+def notify_socket(cid: int) -> str:
+    return f"vsock:2:{notify_port(cid)}"
+
+
+def facts(
+    guest: Guest,
+    tools: Tools,
+    *,
+    multi_queue: bool,
+    control: tuple[str, str] | None = None,
+    event_log: str | None = None,
+) -> dict[str, File | Copy | Link]:
+    """The files that tell the host of a guest, by their paths in the package.
+
+    Args:
+        multi_queue: whether the hypervisor opens several queues of each tap.
+        control: socket and protocol of the hypervisor's, for the host alone.
+        event_log: where the hypervisor writes what happens to the guest.
+    """
+    lines: dict[str, Sequence[str]] = {
+        "hypervisor": [guest.hypervisor],
+        "tap-flags": ["vnet_hdr", *(["multi_queue"] if multi_queue else [])],
+        "tap-interfaces": [each.id for each in guest.taps],
+        "tap-bridges": [f"{each.id} {each.bridge}" for each in guest.taps if each.bridge],
+        "macvtap-interfaces": [
+            f"{each.id} {each.mac} {each.link} {each.mode}" for each in guest.macvtaps
+        ],
+        "pci-devices": [each.path for each in guest.pci_devices],
+        "usb-devices": [each.path for each in guest.usb_devices],
+        "machine-uuid": [guest.machine_id],
+    }
+    if guest.vsock_cid is not None:
+        lines["vsock-cid"] = [str(guest.vsock_cid)]
+        if guest.readiness == "guest":
+            lines["readiness"] = ["guest"]
+            lines["notify-socket"] = [notify_socket(guest.vsock_cid)]
+    if control is not None:
+        lines["control-socket"], lines["control-protocol"] = [control[0]], [control[1]]
+    if event_log is not None:
+        lines["event-log"] = [event_log]
+    for share in guest.virtiofs:
+        lines |= _share(share)
+    found: dict[str, File | Copy | Link] = {
+        f"{SHARE}/{name}": File("".join(f"{line}\n" for line in content).encode())
+        for name, content in lines.items()
+        if content
+    }
+    if guest.register_with_machined:
+        # That they are there asks for it; the host registers by itself, and never runs them.
+        text = shell.script(tools.shell, "echo 'microvm-machined@ does this' >&2\nexit 1")
+        found[MICROVM_REGISTER] = found[MICROVM_UNREGISTER] = File(text, 0o755)
+    return found
+
+
+def _share(share: Share) -> dict[str, Sequence[str]]:
+    assert share.socket is not None
+    below = f"virtiofs/{share.tag}"
+    return {
+        f"{below}/source": [share.source],
+        f"{below}/socket": [share.socket],
+        # All of them: with one there, what the others do not say is off.
+        f"{below}/read-only": ["true" if share.read_only else "false"],
+        f"{below}/cache": [share.cache],
+        f"{below}/posix-acl": ["true" if share.posix_acl else "false"],
+        f"{below}/extra-args": share.extra_args,
+    }

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: MIT
+"""Small programs that packages bring along: what runs a package has Python, and may lack all else.
+
+They stand here as text, since a package must not need the toolkit that made it.
+"""
+
+from __future__ import annotations
+
+_QMP = '''\
+"""Says one thing to QEMU: qmp [--wait] SOCKET system_powerdown, or qmp SOCKET balloon SIZE-IN-MB.
+
+With --wait, stays until QEMU has gone, or nothing comes on standard input any more.
+"""
+import json, select, socket, sys
+
+words = sys.argv[1:]
+wait = words[0] == "--wait"
+path, command, *values = words[wait:]
+qemu = socket.socket(socket.AF_UNIX)
+try:
+    qemu.settimeout(10)
+    qemu.connect(path)
+    lines = qemu.makefile("r")
+
+    def ask(command, **arguments):
+        request = {"execute": command, "arguments": arguments}
+        qemu.sendall(json.dumps(request).encode() + b"\\n")
+        for line in lines:
+            answer = json.loads(line)
+            if "error" in answer:
+                sys.exit(f"{path}: {command}: {answer['error'].get('desc')}")
+            if "return" in answer:
+                return answer["return"]
+        sys.exit(f"{path}: QEMU has gone")
+
+    lines.readline()
+    ask("qmp_capabilities")
+    if command == "balloon":
+        ask("balloon", value=int(values[0]) << 20)
+        print(ask("query-balloon")["actual"] >> 20)
+    else:
+        ask(command)
+    while wait:
+        ready, _, _ = select.select([qemu, sys.stdin], [], [])
+        if any(not each.recv(4096) if each is qemu else not each.buffer.read1() for each in ready):
+            break
+except OSError as error:
+    # One that went away on the way has done what it was asked for.
+    if command != "system_powerdown":
+        sys.exit(f"{path}: {error.strerror or error}")
+'''
+
+_CONNECT = '''\
+"""Connects its standard input and output with a port: connect ADDRESS PORT."""
+import os, select, socket, sys
+
+peer = socket.create_connection((sys.argv[1], int(sys.argv[2])), 10)
+peer.settimeout(None)
+sources = [0, peer]
+while sources:
+    for source in select.select(sources, [], [])[0]:
+        data = os.read(0, 65536) if source == 0 else peer.recv(65536)
+        if not data and source == 0:
+            sources.remove(0)
+            peer.shutdown(socket.SHUT_WR)
+        elif not data:
+            sys.exit()
+        elif source == 0:
+            peer.sendall(data)
+        else:
+            while data:
+                data = data[os.write(1, data) :]
+'''
+
+
+def qmp(python: str) -> bytes:
+    """Says one thing to QEMU over a QMP socket."""
+    return f"#!{python} -IS\n{_QMP}".encode()
+
+
+def connect(python: str) -> bytes:
+    """Carries one connection of a guest to a port of the host (QEMU's guestfwd)."""
+    return f"#!{python} -IS\n{_CONNECT}".encode()

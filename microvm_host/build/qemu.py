@@ -1,0 +1,466 @@
+# SPDX-License-Identifier: MIT
+"""Packages for QEMU: the machines microvm, over PCIe or MMIO, and q35.
+
+What is known only when the VM starts (whether KVM works, the clock of an emulated CPU, the number
+of a macvtap) the script finds out by itself, and starts no process for the first two.
+"""
+
+from __future__ import annotations
+
+from ..paths import MICROVM_BALLOON, MICROVM_RUN, MICROVM_SHUTDOWN
+from . import programs, shell, volumes
+from .facts import facts, notify_socket
+from .refused import Refused
+from .shell import PACKAGE_VARIABLE, Variable, word
+from .tree import Copy, File, Tree
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ..declaration.guest import Device, Guest, Interface, Share, Volume
+    from .shell import Word
+    from .tools import Tools
+
+    Words = list[str | Word]
+
+# From then on, QEMU writes its events to a file with nobody listening (chardev file,input-path=).
+_EVENTS_SINCE = (8, 1)
+# The shell's own descriptors have one digit, and the first three are taken.
+_DESCRIPTORS = range(3, 10)
+# Transports of the microvm machine with ACPI (QEMU's hw/i386/microvm.c).
+_MMIO_MAX = 24
+# virtio-mem's block size on x86: a huge page.
+_HOTPLUG_UNIT = 2
+# QEMU's names of the formats that microvm.nix names otherwise.
+_FORMATS = {"vhd": "vpc"}
+# Where the guest's systemd finds credentials (systemd.system-credentials(7)).
+_CREDENTIALS = "opt/io.systemd.credentials"
+
+_PROBE = """\
+# KVM by what the CPU can do: /dev/kvm may be there, and open, where no guest would ever run.
+accel=tcg cpu=max clock= vhost=off flags= mhz=
+while IFS= read -r line; do
+    case $line in
+        "cpu MHz"*) mhz=${line##* } ;;
+        flags*) flags=$line && break ;;
+    esac
+done </proc/cpuinfo
+case " $flags " in
+    *" vmx "* | *" svm "*)
+        if [ -r /dev/kvm ] && [ -w /dev/kvm ]; then accel=kvm cpu=@cpu@; fi
+        ;;
+esac"""
+# QEMU crashes on microvm with SGX, and x2APIC is what lets it have many CPUs.
+_HOST_CPU = "host,+x2apic,-sgx"
+_VHOST = """\
+if [ "$accel" = kvm ] && [ -w /dev/vhost-net ]; then vhost=on; fi"""
+_CLOCK = """\
+# An emulated CPU's clock is the host's. A kernel that has to measure it fails now and then on a
+# busy host, and this machine has no other clock to fall back to.
+case $accel:$mhz in
+    tcg:*[0-9].[0-9][0-9][0-9]) clock=" tsc_early_khz=${mhz%.*}${mhz#*.}" ;;
+esac"""
+# For `microvm show`: the command line as it would be now.
+_SHOW = """\
+if [ -n "${MICROVM_SHOW-}" ]; then
+    printf '%s\\n' "$@"
+    exit
+fi"""
+
+
+def build(guest: Guest, tools: Tools) -> Tree:
+    """The package; raises Refused."""
+    if tools.qemu is None:
+        raise Refused(
+            ("hypervisor",),
+            "hypervisor = 'qemu': this host has no qemu-system-x86_64",
+            "install it (on Debian: qemu-system-x86)",
+        )
+    machine = _Machine(guest, tools)
+    machine.check()
+    entries = facts(
+        guest,
+        tools,
+        multi_queue=guest.vcpu > 1,
+        control=(machine.control, "qmp"),
+        event_log=machine.event_log,
+    )
+    kernel = tools.blob(guest.kernel)
+    entries["lib/kernel"] = Copy(kernel.path, kernel.sha256, kernel.is_private)
+    if guest.initrd is not None:
+        initrd = tools.blob(guest.initrd)
+        entries["lib/initrd"] = Copy(initrd.path, initrd.sha256, initrd.is_private)
+    entries[MICROVM_RUN] = File(machine.run_script(), 0o755)
+    if machine.event_log is not None:
+        entries["lib/qmp-hello"] = File(b'{"execute":"qmp_capabilities"}\n')
+    if guest.socket is not None:
+        entries["lib/qmp"] = File(programs.qmp(tools.python), 0o755)
+        entries[MICROVM_SHUTDOWN] = File(machine.shutdown_script(guest.socket), 0o755)
+        if guest.balloon:
+            entries[MICROVM_BALLOON] = File(machine.balloon_script(guest.socket), 0o755)
+    if any(forward.source == "guest" for forward in guest.forward_ports):
+        entries["lib/connect"] = File(programs.connect(tools.python), 0o755)
+    return Tree.of(entries)
+
+
+class _Machine:
+    """One guest on QEMU."""
+
+    def __init__(self, guest: Guest, tools: Tools) -> None:
+        self._guest = guest
+        self._tools = tools
+        needs_q35 = bool(guest.pci_devices or guest.hotplug_mem)
+        self._type = guest.qemu.machine or ("q35" if needs_q35 else "microvm")
+        self._options = self._machine_options()
+        self._has_pcie = self._type == "q35" or self._options["pcie"] == "on"
+
+    @property
+    def control(self) -> str:
+        """The host's own socket: QEMU listens to one client at a time on each."""
+        return f"{self._guest.name}-control.sock"
+
+    @property
+    def event_log(self) -> str | None:
+        if self._tools.qemu_version < _EVENTS_SINCE:
+            return None
+        return f"{self._guest.name}-events.log"
+
+    def _machine_options(self) -> dict[str, str | Variable]:
+        options: dict[str, str | Variable] = {"accel": Variable("accel")}
+        if self._type == "microvm":
+            options |= {"pcie": "on", "rtc": "on", "acpi": "on"}
+        if self._guest.virtiofs:
+            # vhost-user: virtiofsd maps the guest's memory.
+            options["memory-backend"] = "mem"
+        return options | dict(self._guest.qemu.machine_opts)
+
+    def check(self) -> None:
+        """Refuse what QEMU, or the machine, cannot do."""
+        guest = self._guest
+        if guest.initial_balloon_mem:
+            raise Refused(
+                ("initialBalloonMem",), "initialBalloonMem: QEMU's balloon is empty at the start"
+            )
+        if guest.hotplug_mem and self._type == "microvm":
+            raise Refused(
+                ("hotplugMem",),
+                "hotplugMem: QEMU's machine microvm has no virtio-mem",
+                'leave qemu.machine out, or give "q35"',
+            )
+        for key, value in (
+            ("hotplugMem", guest.hotplug_mem),
+            ("hotpluggedMem", guest.hotplugged_mem),
+        ):
+            if value % _HOTPLUG_UNIT:
+                raise Refused(
+                    (key,),
+                    f"{key} = {value} is no multiple of {_HOTPLUG_UNIT} MB, virtio-mem's unit",
+                )
+        if not self._has_pcie:
+            self._check_mmio()
+        if len(guest.macvtaps) > len(_DESCRIPTORS):
+            raise Refused(
+                ("interfaces",),
+                f"interfaces has {len(guest.macvtaps)} of type macvtap; {len(_DESCRIPTORS)} is "
+                "the most",
+            )
+        for number, forward in enumerate(guest.forward_ports):
+            if forward.source == "guest" and forward.proto == "udp":
+                raise Refused(
+                    ("forwardPorts", number, "proto"),
+                    "forwardPorts.proto = 'udp': QEMU forwards only TCP from a guest",
+                )
+        for name, _ in guest.qemu.machine_opts:
+            if name == "type":
+                raise Refused(
+                    ("qemu", "machineOpts", name), "qemu.machineOpts.type is qemu.machine"
+                )
+
+    def _check_mmio(self) -> None:
+        guest = self._guest
+        at = ("qemu", "machineOpts", "pcie")
+        if guest.devices:
+            raise Refused(at, "qemu.machineOpts.pcie = 'off' leaves no bus for devices of the host")
+        count = len(guest.volumes) + len(guest.interfaces) + len(guest.shares)
+        # Beside these: random numbers, the agent's port, the balloon, the vsock.
+        count += 2 + guest.balloon + (guest.vsock_cid is not None)
+        if count > _MMIO_MAX:
+            raise Refused(
+                at,
+                f"qemu.machineOpts.pcie = 'off' leaves room for {_MMIO_MAX} virtio devices, and "
+                f"this guest has {count}",
+            )
+
+    # ---- the command line
+
+    def _device(self, kind: str, *options: str) -> Words:
+        """A virtio device on the machine's bus."""
+        suffix = "pci" if self._has_pcie else "device"
+        return ["-device", ",".join((f"{kind}-{suffix}", *options))]
+
+    def argv(self) -> Words:
+        guest, tools = self._guest, self._tools
+        assert tools.qemu is not None
+        argv: Words = [
+            tools.qemu,
+            *("-name", _escaped(guest.name)),
+            *("-M", self._machine()),
+            *("-cpu", guest.cpu or word(Variable("cpu"))),
+            *("-smp", str(guest.vcpu)),
+            *("-m", self._memory()),
+            *("-nodefaults", "-no-user-config", "-display", "none", "-sandbox", "on"),
+            # A guest that reboots ends QEMU, and systemd starts it again.
+            "-no-reboot",
+            *("-uuid", guest.machine_id),
+            *("-kernel", word(PACKAGE_VARIABLE, "/lib/kernel")),
+        ]
+        if guest.initrd is not None:
+            argv += ["-initrd", word(PACKAGE_VARIABLE, "/lib/initrd")]
+        argv += ["-append", self._append()]
+        if guest.qemu.serial_console:
+            argv += ["-chardev", "stdio,id=stdio,signal=off", "-serial", "chardev:stdio"]
+        argv += self._monitors()
+        if guest.virtiofs:
+            argv += ["-object", f"memory-backend-memfd,id=mem,size={guest.mem}M,share=on"]
+        argv += self._device("virtio-rng")
+        argv += self._agent()
+        argv += self._hotplug()
+        if guest.balloon:
+            deflates = "on" if guest.deflate_on_oom else "off"
+            argv += self._device(
+                *("virtio-balloon", "id=balloon0", "free-page-reporting=on"),
+                f"deflate-on-oom={deflates}",
+            )
+        for number, volume in enumerate(guest.volumes):
+            argv += self._volume(number, volume)
+        for number, share in enumerate(guest.shares):
+            argv += self._share(number, share)
+        descriptors = self._descriptors()
+        for number, interface in enumerate(guest.interfaces):
+            argv += self._interface(number, interface, descriptors.get(interface.id, ()))
+        for device in guest.pci_devices:
+            argv += ["-device", f"vfio-pci,host={device.address}{_device_options(device)}"]
+        if guest.usb_devices:
+            argv += ["-device", "qemu-xhci"]
+        for device in guest.usb_devices:
+            argv += ["-device", f"usb-host,{device.path}{_device_options(device)}"]
+        if guest.vsock_cid is not None:
+            argv += self._device("vhost-vsock", f"guest-cid={guest.vsock_cid}")
+        argv += self._credentials()
+        return [*argv, *guest.qemu.extra_args]
+
+    def _machine(self) -> Word:
+        parts: list[str | Variable] = [self._type]
+        for name, value in self._options.items():
+            parts += [f",{name}=", value if isinstance(value, Variable) else _escaped(value)]
+        return word(*parts)
+
+    def _memory(self) -> str:
+        guest = self._guest
+        if not guest.hotplug_mem:
+            return f"{guest.mem}M"
+        return f"{guest.mem}M,maxmem={guest.mem + guest.hotplug_mem}M"
+
+    def _append(self) -> Word:
+        console = ["earlyprintk=ttyS0", "console=ttyS0"] if self._guest.qemu.serial_console else []
+        # A triple fault is a reboot that each machine knows, and a panic ends the VM.
+        words = [*console, "reboot=t", "panic=-1", *self._guest.kernel_params]
+        clock = [Variable("clock")] if self._type == "microvm" else []
+        return word(" ".join(words), *clock)
+
+    def _monitors(self) -> Words:
+        argv: Words = []
+        for socket in filter(None, (self._guest.socket, self.control)):
+            argv += ["-qmp", f"unix:{_escaped(socket)},server=on,wait=off"]
+        if self.event_log is not None:
+            chardev = f"file,id=events,path={_escaped(self.event_log)},input-path="
+            argv += ["-chardev", word(chardev, PACKAGE_VARIABLE, "/lib/qmp-hello")]
+            argv += ["-mon", "chardev=events,mode=control"]
+            if self._has_pcie:
+                # By this, the guest's kernel says that it panicked.
+                argv += ["-device", "pvpanic-pci"]
+        return argv
+
+    def _agent(self) -> Words:
+        """The port of QEMU's guest agent."""
+        socket = _escaped(f"{self._guest.name}-agent.sock")
+        return [
+            *("-chardev", f"socket,id=agent,path={socket},server=on,wait=off"),
+            *self._device("virtio-serial"),
+            *("-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0"),
+        ]
+
+    def _hotplug(self) -> Words:
+        guest = self._guest
+        if not guest.hotplug_mem:
+            return []
+        backend, options = "memory-backend-ram", ""
+        if guest.virtiofs:
+            backend, options = "memory-backend-memfd", ",share=on"
+        return [
+            *("-object", f"{backend},id=vmem0,size={guest.hotplug_mem}M{options}"),
+            "-device",
+            f"virtio-mem-pci,id=vm0,memdev=vmem0,requested-size={guest.hotplugged_mem}M",
+        ]
+
+    def _volume(self, number: int, volume: Volume) -> Words:
+        name = f"vd{number}"
+        options = [
+            f"id={name}",
+            f"format={_FORMATS.get(volume.image_type, volume.image_type)}",
+            f"file={_escaped(_file(volume))}",
+            "if=none",
+            "discard=unmap",
+            f"read-only={'on' if volume.read_only else 'off'}",
+        ]
+        if volume.direct:
+            # Native AIO is for files without the page cache; rbd has its own way.
+            aio = [] if volume.image.startswith("rbd:") else ["aio=native"]
+            options += ["cache=none", *aio]
+        serial = [f"serial={_escaped(volume.serial)}"] if volume.serial is not None else []
+        device = self._device("virtio-blk", f"drive={name}", *serial)
+        return ["-drive", ",".join(options), *device]
+
+    def _share(self, number: int, share: Share) -> Words:
+        name = f"fs{number}"
+        if share.socket is not None:
+            return [
+                *("-chardev", f"socket,id={name},path={_escaped(share.socket)}"),
+                *self._device("vhost-user-fs", f"chardev={name}", f"tag={_escaped(share.tag)}"),
+            ]
+        options = f"local,id={name},path={_escaped(share.source)}"
+        options += f",security_model={share.security_model}"
+        options += ",readonly=on" if share.read_only else ""
+        return [
+            *("-fsdev", options),
+            *self._device("virtio-9p", f"fsdev={name}", f"mount_tag={_escaped(share.tag)}"),
+        ]
+
+    def _interface(self, number: int, interface: Interface, descriptors: tuple[int, ...]) -> Words:
+        # Not the interface's own name, which may hold what QEMU's ids may not.
+        name = f"net{number}"
+        queues = 1
+        if interface.type == "user":
+            netdev = word(f"user,id={name}", *self._forwards())
+        elif interface.type == "macvtap":
+            queues = len(descriptors)
+            key = "fds" if queues > 1 else "fd"
+            numbers = ":".join(map(str, descriptors))
+            netdev = word(f"tap,id={name},{key}={numbers}")
+        else:
+            queues = self._guest.vcpu
+            many = f",queues={queues}" if queues > 1 else ""
+            vhost: str | Variable = Variable("vhost")
+            if interface.vhost is not None:
+                vhost = "on" if interface.vhost else "off"
+            netdev = word(
+                f"tap,id={name},ifname={_escaped(interface.id)},script=no,downscript=no{many},vhost=",
+                vhost,
+            )
+        # No option ROM: it would be looked for in a package that a small host lacks.
+        options = [f"netdev={name}", f"mac={interface.mac}"]
+        if self._has_pcie:
+            options += ["romfile="]
+            if queues > 1:
+                options += ["mq=on", f"vectors={2 * queues + 2}"]
+        return ["-netdev", netdev, *self._device("virtio-net", *options)]
+
+    def _forwards(self) -> list[str | Variable]:
+        parts: list[str | Variable] = []
+        for forward in self._guest.forward_ports:
+            host = f"{forward.host_address}:{forward.host_port}"
+            guest = f"{forward.guest_address}:{forward.guest_port}"
+            if forward.source == "host":
+                parts.append(f",hostfwd={forward.proto}:{host}-{guest}")
+            else:
+                address = forward.host_address or "127.0.0.1"
+                parts += [f",guestfwd=tcp:{guest}-cmd:", PACKAGE_VARIABLE]
+                parts.append(f"/lib/connect {address} {forward.host_port}")
+        return parts
+
+    def _credentials(self) -> Words:
+        guest = self._guest
+        argv: Words = []
+        for name, path in guest.credential_files:
+            # Its contents never stand on a command line.
+            argv += ["-fw_cfg", f"name={_CREDENTIALS}/{name},file={_escaped(path)}"]
+        if guest.readiness == "guest" and guest.vsock_cid is not None:
+            credential, value = "vmm.notify_socket", notify_socket(guest.vsock_cid)
+            if self._type == "q35":
+                # No module of the guest's kernel is needed for this one.
+                text = f"io.systemd.credential:{credential}={value}"
+                argv += ["-smbios", f"type=11,value={text}"]
+            else:
+                # This machine has no such tables.
+                argv += ["-fw_cfg", f"name={_CREDENTIALS}/{credential},string={value}"]
+        return argv
+
+    def _descriptors(self) -> dict[str, tuple[int, ...]]:
+        """The shell's descriptors for each macvtap, one for each queue."""
+        macvtaps = self._guest.macvtaps
+        queues = self._guest.vcpu
+        if queues * len(macvtaps) > len(_DESCRIPTORS):
+            queues = 1
+        first = _DESCRIPTORS[0]
+        return {
+            each.id: tuple(range(first + number * queues, first + (number + 1) * queues))
+            for number, each in enumerate(macvtaps)
+        }
+
+    # ---- the scripts
+
+    def run_script(self) -> bytes:
+        vhost = any(each.is_tap and each.vhost is None for each in self._guest.interfaces)
+        opened = []
+        for interface, numbers in self._descriptors().items():
+            node = f'"$(cat /sys/class/net/{shell.quoted(interface)}/ifindex)"'
+            opened += [f"exec {number}<>/dev/tap{node}" for number in numbers]
+        return shell.script(
+            self._tools.shell,
+            shell.PACKAGE,
+            _PROBE.replace("@cpu@", _HOST_CPU),
+            _VHOST if vhost else "",
+            _CLOCK if self._type == "microvm" else "",
+            shell.assigned(self.argv()),
+            _SHOW,
+            volumes.creation(self._guest, self._tools),
+            "\n".join(opened),
+            'exec "$@"',
+        )
+
+    def shutdown_script(self, socket: str) -> bytes:
+        quoted = shell.quoted(socket)
+        return shell.script(
+            self._tools.shell,
+            shell.PACKAGE,
+            "# Presses the power button, and waits until QEMU has gone or the input ends.\n"
+            f"[ -S {quoted} ] || exit 0\n"
+            f'exec "$package"/lib/qmp --wait {quoted} system_powerdown',
+        )
+
+    def balloon_script(self, socket: str) -> bytes:
+        return shell.script(
+            self._tools.shell,
+            shell.PACKAGE,
+            'case ${1-} in\n    "" | *[!0-9]*) echo "Usage: $0 SIZE-IN-MB" >&2 && exit 2 ;;\nesac',
+            f'exec "$package"/lib/qmp {shell.quoted(socket)} balloon "$1"',
+        )
+
+
+def _escaped(text: str) -> str:
+    """A value within one of QEMU's option strings, in which a comma is two."""
+    return text.replace(",", ",,")
+
+
+def _file(volume: Volume) -> str:
+    """An image's name, which QEMU would take for a protocol's if a colon were in it."""
+    image = volume.image
+    if volume.is_file and ":" in image and not image.startswith("/"):
+        return f"./{image}"
+    return image
+
+
+def _device_options(device: Device) -> str:
+    options = [f"id={device.qemu_id}"] if device.qemu_id is not None else []
+    options += [f"bus={device.qemu_bus}"] if device.qemu_bus is not None else []
+    options += [device.qemu_extra] if device.qemu_extra is not None else []
+    return "".join(f",{option}" for option in options)

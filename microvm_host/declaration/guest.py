@@ -1,0 +1,448 @@
+# SPDX-License-Identifier: MIT
+"""What a declaration says of the guest, as frozen values: all checked, each default filled in.
+
+Reads nothing but the declaration: whether a kernel is there, and what a hypervisor cannot do, is
+found out by who builds.
+"""
+
+from __future__ import annotations
+
+from .. import names, paths
+from ..errors import NameInvalid
+from ..frozen import frozen
+from . import claims, derived, name_of, read
+from .schema import GUEST
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from .document import Document
+    from .locate import Path
+
+# QEMU's hw/9pfs: a tag of 32 bytes with its NUL.
+_TAG_9P_MAX = 31
+# In the package, shares are directories by their tags, with these in them.
+_SHARE_FILES = ("source", "socket", "read-only", "cache", "posix-acl", "extra-args")
+
+
+@frozen
+class Volume:
+    """A disk. `size` is in MiB; None where nothing is to be made."""
+
+    image: str
+    size: int | None = None
+    auto_create: bool = True
+    fs_type: str = "ext4"
+    label: str | None = None
+    mkfs_extra_args: tuple[str, ...] = ()
+    image_type: str = "raw"
+    read_only: bool = False
+    direct: bool = False
+    serial: str | None = None
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is one that could be made; not a device, and not in another's keeping."""
+        return not self.image.startswith((f"{paths.DEVICES}/", "rbd:"))
+
+
+@frozen
+class Interface:
+    """A NIC. `type` is tap, macvtap, bridge or user; `vhost` None leaves it to the host."""
+
+    type: str
+    id: str
+    mac: str
+    bridge: str | None = None
+    link: str | None = None
+    mode: str = "bridge"
+    vhost: bool | None = None
+
+    @property
+    def is_tap(self) -> bool:
+        """Whether the host makes a tap for it."""
+        return self.type in ("tap", "bridge")
+
+
+@frozen
+class Forward:
+    """A port that is forwarded; from `host` to guest, or from `guest` to host."""
+
+    source: str
+    proto: str
+    host_address: str
+    host_port: int
+    guest_address: str
+    guest_port: int
+
+
+@frozen
+class Share:
+    """A directory of the host; `socket` is None for 9p."""
+
+    tag: str
+    source: str
+    proto: str = "9p"
+    read_only: bool = False
+    cache: str = "auto"
+    posix_acl: bool = True
+    socket: str | None = None
+    extra_args: tuple[str, ...] = ()
+    security_model: str = "none"
+
+
+@frozen
+class Device:
+    """A device of the host. `path` is as it was written; `address` a PCI device's in full."""
+
+    bus: str
+    path: str
+    address: str = ""
+    qemu_id: str | None = None
+    qemu_bus: str | None = None
+    qemu_extra: str | None = None
+
+
+@frozen
+class Qemu:
+    """What is QEMU's alone; `machine` None is what fits the devices."""
+
+    machine: str | None = None
+    machine_opts: tuple[tuple[str, str], ...] = ()
+    extra_args: tuple[str, ...] = ()
+    serial_console: bool = True
+
+
+@frozen
+class Guest:
+    """All that a declaration says of its guest. Memory is in MB."""
+
+    name: str
+    kernel: str
+    machine_id: str
+    hypervisor: str = "qemu"
+    initrd: str | None = None
+    kernel_params: tuple[str, ...] = ()
+    vcpu: int = 1
+    mem: int = 512
+    balloon: bool = False
+    deflate_on_oom: bool = True
+    initial_balloon_mem: int = 0
+    hotplug_mem: int = 0
+    hotplugged_mem: int = 0
+    cpu: str | None = None
+    volumes: tuple[Volume, ...] = ()
+    interfaces: tuple[Interface, ...] = ()
+    forward_ports: tuple[Forward, ...] = ()
+    shares: tuple[Share, ...] = ()
+    devices: tuple[Device, ...] = ()
+    vsock_cid: int | None = None
+    readiness: str = "exec"
+    # Relative to the state directory; None for none.
+    socket: str | None = None
+    register_with_machined: bool = False
+    credential_files: tuple[tuple[str, str], ...] = ()
+    qemu: Qemu = Qemu()
+
+    @property
+    def taps(self) -> tuple[Interface, ...]:
+        return tuple(each for each in self.interfaces if each.is_tap)
+
+    @property
+    def macvtaps(self) -> tuple[Interface, ...]:
+        return tuple(each for each in self.interfaces if each.type == "macvtap")
+
+    @property
+    def virtiofs(self) -> tuple[Share, ...]:
+        return tuple(each for each in self.shares if each.proto == "virtiofs")
+
+    @property
+    def pci_devices(self) -> tuple[Device, ...]:
+        return tuple(each for each in self.devices if each.bus == "pci")
+
+    @property
+    def usb_devices(self) -> tuple[Device, ...]:
+        return tuple(each for each in self.devices if each.bus == "usb")
+
+
+def load(path: str, others: claims.Claims | None = None) -> tuple[Guest, Document]:
+    """Read what a declaration says of its guest.
+
+    Args:
+        others: what the declared VMs of the host claim, this one included or not.
+
+    Returns:
+        The guest, and the document, which places the errors of who builds it.
+
+    Raises:
+        DeclarationError: something in it is wrong, or taken by another VM.
+    """
+    document = read(path)
+    name = name_of(path)
+    reader = _Reader(name, document)
+    guest = reader.guest()
+    if others:
+        _check_claims(name, document, others)
+    return guest, document
+
+
+class _Reader:
+    """Makes values of one document's tables, and checks what goes beyond a single key."""
+
+    def __init__(self, name: str, document: Document) -> None:
+        self._name = name
+        self._document = document
+
+    def guest(self) -> Guest:
+        name = self._name
+        guest = {key: value for key, value in self._document.table.items() if key in GUEST.keys}
+        found: dict[str, Any] = GUEST.read(guest, (), self._document)
+        cid = found["vsock"]["cid"]
+        if cid is None and "vsock" in guest:
+            cid = derived.cid(name)
+        hotplug, plugged = found["hotplugMem"], found["hotpluggedMem"]
+        self._check_hotplug(hotplug, plugged)
+        if found["readiness"] == "guest" and cid is None:
+            raise self._document.error(
+                ("readiness",), "readiness = 'guest' needs a vsock", "add [vsock]"
+            )
+        socket = f"{name}.sock" if found["socket"] is None else found["socket"] or None
+        interfaces = tuple(self._interface(*each) for each in enumerate(found["interfaces"]))
+        self._check_distinct("interfaces", "id", [each.id for each in interfaces])
+        self._check_distinct("interfaces", "mac", [each.mac for each in interfaces])
+        volumes = tuple(self._volume(*each) for each in enumerate(found["volumes"]))
+        self._check_distinct("volumes", "image", [each.image for each in volumes])
+        shares = tuple(self._share(*each) for each in enumerate(found["shares"]))
+        self._check_distinct("shares", "tag", [each.tag for each in shares])
+        self._check_distinct("shares", "socket", [each.socket or each.tag for each in shares])
+        devices = tuple(self._device(*each) for each in enumerate(found["devices"]))
+        self._check_distinct("devices", "path", [each.address or each.path for each in devices])
+        forwards = tuple(self._forward(*each) for each in enumerate(found["forwardPorts"]))
+        if forwards and not any(each.type == "user" for each in interfaces):
+            raise self._document.error(
+                ("forwardPorts", 0),
+                "forwardPorts needs an interface of type user, and there is none",
+                'add [[interfaces]] with type = "user"',
+            )
+        qemu = found["qemu"]
+        return Guest(
+            name=name,
+            kernel=found["kernel"],
+            machine_id=found["machineId"] or derived.machine_id(name),
+            hypervisor=found["hypervisor"],
+            initrd=found["initrd"],
+            kernel_params=found["kernelParams"],
+            vcpu=found["vcpu"],
+            mem=found["mem"],
+            balloon=found["balloon"],
+            deflate_on_oom=found["deflateOnOOM"],
+            initial_balloon_mem=found["initialBalloonMem"],
+            hotplug_mem=hotplug,
+            hotplugged_mem=hotplug if plugged is None else plugged,
+            cpu=found["cpu"],
+            volumes=volumes,
+            interfaces=interfaces,
+            forward_ports=forwards,
+            shares=shares,
+            devices=devices,
+            vsock_cid=cid,
+            readiness=found["readiness"],
+            socket=socket,
+            register_with_machined=found["registerWithMachined"],
+            credential_files=found["credentialFiles"],
+            qemu=Qemu(
+                machine=qemu["machine"],
+                machine_opts=qemu["machineOpts"],
+                extra_args=qemu["extraArgs"],
+                serial_console=qemu["serialConsole"],
+            ),
+        )
+
+    def _wrong(self, at: Path, message: str, hint: str = "") -> Exception:
+        return self._document.error(at, message, hint)
+
+    def _check_hotplug(self, hotplug: int, plugged: int | None) -> None:
+        if plugged is not None and plugged > hotplug:
+            raise self._wrong(
+                ("hotpluggedMem",), f"hotpluggedMem = {plugged} is more than hotplugMem = {hotplug}"
+            )
+
+    def _check_distinct(self, array: str, key: str, values: list[str]) -> None:
+        for number, value in enumerate(values):
+            if value in values[:number]:
+                raise self._wrong((array, number, key), f"{array}.{key} {value!r} is there twice")
+
+    def _volume(self, number: int, found: dict[str, Any]) -> Volume:
+        volume = Volume(
+            image=found["image"],
+            size=found["size"],
+            auto_create=found["autoCreate"],
+            fs_type=found["fsType"],
+            label=found["label"],
+            mkfs_extra_args=found["mkfsExtraArgs"],
+            image_type=found["imageType"],
+            read_only=found["readOnly"],
+            direct=found["direct"],
+            serial=found["serial"],
+        )
+        if volume.is_file and volume.auto_create and volume.size is None:
+            raise self._wrong(
+                ("volumes", number),
+                f"volumes.size is missing: {volume.image!r} is to be made if it is not there",
+                "give its size in MiB, or autoCreate = false",
+            )
+        return volume
+
+    def _interface(self, number: int, found: dict[str, Any]) -> Interface:
+        at = ("interfaces", number)
+        kind, macvtap = found["type"], found["macvtap"]
+        given = self._document.table["interfaces"][number]
+        if kind == "macvtap" and macvtap["link"] is None:
+            raise self._wrong(
+                at,
+                "interfaces.macvtap.link is missing",
+                'a macvtap is on an interface of the host: macvtap.link = "eth0"',
+            )
+        if kind == "bridge" and found["bridge"] is None:
+            raise self._wrong(
+                at, "interfaces.bridge is missing", 'name a bridge of the host: bridge = "br0"'
+            )
+        for key, kinds in (
+            ("macvtap", ("macvtap",)),
+            ("bridge", ("bridge", "tap")),
+            ("tap", ("tap", "bridge")),
+        ):
+            if key in given and kind not in kinds:
+                raise self._wrong(
+                    (*at, key),
+                    f"interfaces.{key} is not for an interface of type {kind}",
+                    f"for {' and '.join(kinds)} it is",
+                )
+        if macvtap["link"] == found["id"]:
+            raise self._wrong((*at, "macvtap", "link"), f"{found['id']!r} cannot be its own link")
+        return Interface(
+            type=kind,
+            id=found["id"],
+            mac=found["mac"] or derived.mac(self._name, found["id"]),
+            bridge=found["bridge"],
+            link=macvtap["link"],
+            mode=macvtap["mode"],
+            vhost=found["tap"]["vhost"],
+        )
+
+    def _forward(self, number: int, found: dict[str, Any]) -> Forward:
+        host, guest = found["host"], found["guest"]
+        forward = Forward(
+            source=found["from"],
+            proto=found["proto"],
+            host_address=host["address"],
+            host_port=host["port"],
+            guest_address=guest["address"],
+            guest_port=guest["port"],
+        )
+        if forward.source == "guest" and not forward.guest_address:
+            raise self._wrong(
+                ("forwardPorts", number),
+                "forwardPorts.guest.address is missing",
+                "what the guest connects to has an address in its network, 10.0.2.0/24: "
+                'guest.address = "10.0.2.100"',
+            )
+        return forward
+
+    def _share(self, number: int, found: dict[str, Any]) -> Share:
+        at = ("shares", number)
+        proto, tag, socket = found["proto"], found["tag"], found["socket"]
+        if proto == "9p":
+            given = self._document.table["shares"][number]
+            for key in ("socket", "cache", "posixAcl", "extraArgs"):
+                if key in given:
+                    raise self._wrong(
+                        (*at, key), f"shares.{key} is for virtiofs", 'add proto = "virtiofs"'
+                    )
+            if len(tag.encode()) > _TAG_9P_MAX:
+                raise self._wrong(
+                    (*at, "tag"), f"shares.tag {tag!r} is longer than {_TAG_9P_MAX} bytes, for 9p"
+                )
+        for part in tag.split("/"):
+            if part in _SHARE_FILES and proto == "virtiofs":
+                raise self._wrong(
+                    (*at, "tag"),
+                    f"shares.tag {tag!r} has {part!r} in it, a file of each share's in the package",
+                )
+        translates = [arg for arg in found["extraArgs"] if arg.startswith("--translate-")]
+        if found["posixAcl"] and translates:
+            raise self._wrong(
+                (*at, "extraArgs"),
+                f"shares.extraArgs has {translates[0]!r}, which virtiofsd does not do with "
+                "POSIX ACLs",
+                "add posixAcl = false",
+            )
+        return Share(
+            tag=tag,
+            source=found["source"],
+            proto=proto,
+            read_only=found["readOnly"],
+            cache=found["cache"],
+            posix_acl=found["posixAcl"],
+            socket=(socket or derived.share_socket(self._name, tag))
+            if proto == "virtiofs"
+            else None,
+            extra_args=found["extraArgs"],
+            security_model=found["securityModel"],
+        )
+
+    def _device(self, number: int, found: dict[str, Any]) -> Device:
+        at = ("devices", number, "path")
+        bus, path, qemu = found["bus"], found["path"], found["qemu"]
+        address = ""
+        if bus == "pci":
+            try:
+                address = names.pci_address(path)
+            except NameInvalid as error:
+                raise self._wrong(at, f"devices.path: {error.message}", error.hint) from error
+            if "*" in address:
+                raise self._wrong(
+                    at,
+                    f"devices.path = {path!r} may stand for several devices",
+                    "name each by its address",
+                )
+        elif not all("=" in word for word in path.split(",")):
+            raise self._wrong(
+                at,
+                f"devices.path = {path!r} is not how QEMU names a USB device",
+                "vendorid=0xabcd,productid=0x0123 is, and hostbus=1,hostport=2",
+            )
+        return Device(
+            bus=bus,
+            path=path,
+            address=address,
+            qemu_id=qemu["id"],
+            qemu_bus=qemu["bus"],
+            qemu_extra=qemu["deviceExtraArgs"],
+        )
+
+
+def _check_claims(name: str, document: Document, others: claims.Claims) -> None:
+    for claim in claims.of(name, document.table):
+        other = claims.holder(others, claim, name)
+        if other is None:
+            continue
+        what, which = claim
+        at: Path = ("vsock", "cid")
+        hint = "give it another by vsock.cid"
+        if what != claims.CID:
+            at = _place(document.table, name, claim)
+            hint = (
+                "give it another by interfaces.mac"
+                if what == claims.MAC
+                else "interfaces of the host have one name each"
+            )
+        raise document.error(at, f"{what} {which} is that of microVM {other}", hint)
+
+
+def _place(table: dict[str, Any], name: str, claim: claims.Claim) -> Path:
+    for number, each in enumerate(table["interfaces"]):
+        if claim in claims.of(name, {"interfaces": [each]}):
+            return ("interfaces", number, "id" if claim[0] == claims.INTERFACE else "mac")
+    return ("interfaces",)

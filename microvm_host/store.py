@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: MIT
+"""The packages that were built on this host, and which VM had which of them, when.
+
+A package lies at DIGEST-NAME and is never changed. What is kept: what a VM's `current` or `booted`
+points to, and the last few that each VM had, so that there is something to roll back to. All else
+is collected whenever a package is put there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from contextlib import contextmanager
+
+from . import names
+from .errors import MicrovmHostError
+from .frozen import frozen
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    # Types alone: what is put there is handed over, and the store knows no builder.
+    from .build.tree import Copy, Tree
+    from .paths import HostPaths
+
+KEPT = 5
+# As many as anybody looks at; those before them are forgotten.
+_ENTRIES_MAX = 100
+_DIGEST = frozenset("0123456789abcdef")
+
+
+@frozen
+class Entry:
+    """A package that a VM was given: when, in seconds since 1970, and how.
+
+    `instead_of` is what a rollback turned away from: that one is not installed again by itself.
+    """
+
+    package: str
+    time: float
+    instead_of: str | None = None
+
+
+@contextmanager
+def locked(host: HostPaths) -> Iterator[None]:
+    """Keeps others from collecting what is not linked to yet."""
+    os.makedirs(os.path.dirname(host.packages_lock), exist_ok=True)
+    lock = os.open(host.packages_lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def path_of(tree: Tree, name: str, host: HostPaths) -> str:
+    """Where the package of a VM is, or would be."""
+    return f"{host.packages}/{tree.digest}-{name}"
+
+
+def put(tree: Tree, name: str, gid: int, host: HostPaths) -> str:
+    """Have a package in the store, and give its path; the caller holds the lock.
+
+    Raises:
+        MicrovmHostError: it cannot be written; nothing of it is there then.
+    """
+    path = path_of(tree, name, host)
+    if not os.path.isdir(path):
+        _make(host.packages)
+        tree.write(path, gid=gid, same=_Known(host))
+    return path
+
+
+def is_ours(package: str, host: HostPaths) -> bool:
+    """Whether a path is that of a package of the store."""
+    return os.path.dirname(os.path.realpath(package)) == os.path.realpath(host.packages)
+
+
+class _Known:
+    """Finds files of other packages by their contents, so that a kernel is on the disk once."""
+
+    def __init__(self, host: HostPaths) -> None:
+        self._host = host
+        self._found: dict[str, str] | None = None
+
+    def __call__(self, copy: Copy) -> str | None:
+        if self._found is None:
+            self._found = dict(self._all())
+        return self._found.get(copy.sha256)
+
+    def _all(self) -> Iterator[tuple[str, str]]:
+        from hashlib import file_digest
+
+        for package in _packages(self._host):
+            directory = f"{self._host.packages}/{package}/lib"
+            # What the builder copies; nobody but root could have changed it.
+            for name in ("kernel", "initrd"):
+                try:
+                    with open(f"{directory}/{name}", "rb") as source:
+                        if os.fstat(source.fileno()).st_mode & 0o777 == 0o644:
+                            yield file_digest(source, "sha256").hexdigest(), f"{directory}/{name}"
+                except OSError:
+                    continue
+
+
+def history(name: str, host: HostPaths) -> tuple[Entry, ...]:
+    """The packages that a VM was given, oldest first.
+
+    Raises:
+        MicrovmHostError: the file that tells is broken.
+    """
+    path = host.history(name)
+    try:
+        with open(path, encoding="utf-8") as source:
+            return tuple(Entry(**each) for each in json.load(source))
+    except FileNotFoundError:
+        return ()
+    except OSError as error:
+        raise MicrovmHostError(f"cannot be read: {error.strerror}", path=path) from error
+    except (ValueError, TypeError) as error:
+        raise MicrovmHostError(
+            "is broken", path=path, hint="remove it: VMs run without, and it begins anew"
+        ) from error
+
+
+def note(name: str, package: str, host: HostPaths, instead_of: str | None = None) -> None:
+    """Write down that a VM was given a package, unless that is what was written down last."""
+    entries = history(name, host)
+    if entries and (entries[-1].package, entries[-1].instead_of) == (package, instead_of):
+        return
+    entries = (*entries, Entry(package, round(time.time(), 3), instead_of))[-_ENTRIES_MAX:]
+    _make(host.histories)
+    path = host.history(name)
+    temporary = f"{path}.new"
+    with open(temporary, "w", encoding="utf-8") as target:
+        json.dump([vars(entry) for entry in entries], target, indent=1)
+        target.write("\n")
+        target.flush()
+        os.fsync(target.fileno())
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, path)
+
+
+def turned_away_from(name: str, host: HostPaths) -> str | None:
+    """The package that the last rollback replaced, if nothing was installed since."""
+    entries = history(name, host)
+    return entries[-1].instead_of if entries else None
+
+
+def forget(name: str, host: HostPaths) -> None:
+    """Forget a VM that is gone; what it alone had is collected next time."""
+    try:
+        os.unlink(host.history(name))
+    except FileNotFoundError:
+        pass
+
+
+def kept(name: str, host: HostPaths) -> tuple[str, ...]:
+    """The last packages that a VM had and could have again, newest first, each once."""
+    found = dict.fromkeys(entry.package for entry in reversed(history(name, host)))
+    return tuple(package for package in found if os.path.isdir(package))[:KEPT]
+
+
+def collect(host: HostPaths) -> list[str]:
+    """Delete the packages that nobody needs any more, and say which; the caller holds the lock."""
+    needed = set()
+    for name in _listed(host.state):
+        for link in (host.current(name), host.booted(name)):
+            needed.add(os.path.realpath(link))
+    for file in _listed(host.histories):
+        name = file.removesuffix(".json")
+        if names.is_vm_name(name):
+            try:
+                needed.update(map(os.path.realpath, kept(name, host)))
+            except MicrovmHostError:
+                # Nobody can tell what it needs.
+                return []
+    gone = []
+    for package in _listed(host.packages):
+        path = f"{host.packages}/{package}"
+        # Hidden ones are what a writer that was killed left behind.
+        if package.startswith(".") or (
+            _is_package(package) and os.path.realpath(path) not in needed
+        ):
+            shutil.rmtree(path, ignore_errors=True)
+            gone.append(path)
+    return gone
+
+
+def _packages(host: HostPaths) -> list[str]:
+    return [name for name in _listed(host.packages) if _is_package(name)]
+
+
+def _is_package(name: str) -> bool:
+    digest, dash, vm = name.partition("-")
+    return bool(dash) and len(digest) == 32 and _DIGEST.issuperset(digest) and names.is_vm_name(vm)
+
+
+def _listed(directory: str) -> list[str]:
+    try:
+        return sorted(os.listdir(directory))
+    except FileNotFoundError:
+        return []
+
+
+def _make(directory: str) -> None:
+    os.makedirs(directory, exist_ok=True)
+    # VMs' users read packages, whatever the umask of who was first.
+    for path in (os.path.dirname(directory), directory):
+        os.chmod(path, 0o755)
