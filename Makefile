@@ -20,6 +20,7 @@ datarootdir ?= $(PREFIX)/share
 mandir ?= $(datarootdir)/man
 bashcompletiondir ?= $(datarootdir)/bash-completion/completions
 pkgdir ?= $(libdir)/microvm-host
+datadir ?= $(datarootdir)/microvm-host
 unitdir ?= $(libdir)/systemd/system
 generatordir ?= $(libdir)/systemd/system-generators
 presetdir ?= $(libdir)/systemd/system-preset
@@ -48,7 +49,7 @@ all:
 
 install:
 	$(INSTALL) -d $(addprefix $(DESTDIR),$(bindir) $(unitdir) $(generatordir) $(presetdir) \
-		$(sysusersdir) $(tmpfilesdir) $(modulesloaddir) $(udevrulesdir) $(bashcompletiondir) \
+		$(sysusersdir) $(tmpfilesdir) $(modulesloaddir) $(udevrulesdir) $(bashcompletiondir) $(datadir) \
 		$(addprefix $(pkgdir)/,$(PACKAGES)) \
 		$(addprefix $(mandir)/man,$(sort $(subst .,,$(suffix $(MANPAGES))))))
 	for package in $(PACKAGES); do \
@@ -66,6 +67,7 @@ install:
 	$(INSTALL) -m 644 data/tmpfiles.conf $(DESTDIR)$(tmpfilesdir)/microvm-host.conf
 	$(INSTALL) -m 644 data/modules-load.conf $(DESTDIR)$(modulesloaddir)/microvm-host.conf
 	$(INSTALL) -m 644 data/preset $(DESTDIR)$(presetdir)/90-microvm-host.preset
+	$(INSTALL) -m 644 data/microvm.schema.json $(DESTDIR)$(datadir)/microvm.schema.json
 	for rules in $(RULES); do \
 		$(INSTALL) -m 644 udev/$$rules $(DESTDIR)$(udevrulesdir) || exit 1; done
 	for page in $(MANPAGES); do \
@@ -99,7 +101,7 @@ ifeq ($(DESTDIR),)
 		exit 1; fi
 	if [ -d /run/systemd/system ]; then systemctl disable microvms.target; fi
 endif
-	rm -rf $(DESTDIR)$(pkgdir)
+	rm -rf $(DESTDIR)$(pkgdir) $(DESTDIR)$(datadir)
 	rm -f $(DESTDIR)$(bindir)/microvm $(DESTDIR)$(generatordir)/microvm-generator \
 		$(addprefix $(DESTDIR)$(unitdir)/,$(UNITS) $(PLAIN_UNITS)) \
 		$(addprefix $(DESTDIR)$(udevrulesdir)/,$(RULES)) \

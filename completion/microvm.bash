@@ -11,7 +11,8 @@ _microvm_vms() {
         case $1 in
             start | run | adopt) [[ ! -L $directory/booted ]] || continue ;;
             stop | ssh) [[ -L $directory/booted ]] || continue ;;
-            update) [[ -e $directory/flake || -e $directory/runner ]] || continue ;;
+            update) [[ -e $directory/flake || -e $directory/runner || -e $directory/declaration ]] || continue ;;
+            show | history | rollback) [[ -e $directory/declaration ]] || continue ;;
             remove)
                 [[ ! -L $directory/booted && ! -e $root/etc/microvms/$name.toml ]] || continue
                 ;;
@@ -53,7 +54,7 @@ _microvm() {
     _microvm_command "${before[@]}"
 
     case $command:$previous in
-        create:--runner | create:--flake | create:-f | create:-*f)
+        create:--runner | create:--flake | create:-f | create:-*f | build:-o | build:--output)
             compopt -o filenames 2> /dev/null || :
             mapfile -t COMPREPLY < <(compgen -d -- "$current")
             return 0
@@ -68,11 +69,15 @@ _microvm() {
     if [[ $options ]]; then
         :
     elif [[ ! $command ]]; then
-        options='adopt apply create list logs pci reconcile remove restart run ssh start status stop update'
+        options='adopt apply build create history list logs pci reconcile remove restart rollback run show ssh
+            start status stop update'
         [[ $current != -* ]] || options='-l -c -u -r -s -h --help --version'
     elif [[ $current == -* ]]; then
         case $command in
             adopt) options='--from --user' ;;
+            build) options='-o --output' ;;
+            history | show) options='--json' ;;
+            rollback) options='-R --restart' ;;
             apply) options='-n --dry-run --json' ;;
             create) options='-f --flake --runner --user --start' ;;
             list) options='--check --json' ;;
@@ -87,7 +92,7 @@ _microvm() {
     else
         case $command in
             # One name, then what is not ours to complete.
-            adopt | logs | run | ssh | status)
+            adopt | history | logs | rollback | run | show | ssh | status)
                 for word in "${before[@]:1}"; do
                     [[ $word == -* ]] || return 0
                 done
@@ -102,6 +107,11 @@ _microvm() {
                     check) ;;
                     *) return 0 ;;
                 esac
+                ;;
+            build)
+                compopt -o filenames 2> /dev/null || :
+                mapfile -t COMPREPLY < <(compgen -f -X '!*.toml' -- "$current"; compgen -d -- "$current")
+                return 0
                 ;;
             list | remove | restart | start | stop | update) ;;
             *) return 0 ;;

@@ -33,6 +33,6 @@ def build(guest: Guest, tools: Tools) -> Tree:
         raise Refused(
             ("hypervisor",),
             f"packages for {guest.hypervisor} are not yet built from declarations",
-            f"{', '.join(_BUILDERS)} is; for others, give a package by runner or flake",
+            f"those for {', '.join(_BUILDERS)} are; others come by runner or flake",
         )
     return builder(guest, tools)

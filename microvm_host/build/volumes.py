@@ -42,7 +42,9 @@ def _made(number: int, volume: Volume, tools: Tools) -> str:
             f"volumes.imageType = {volume.image_type!r} is not made by itself",
             f"make it: qemu-img create -f {volume.image_type} …; and add autoCreate = false",
         )
-    image, new = quote(volume.image), quote(f"{volume.image}.new")
+    # No program is to take a name for an option.
+    path = f"./{volume.image}" if volume.image.startswith("-") else volume.image
+    image, new = quote(path), quote(f"{path}.new")
     lines = [
         f"if [ ! -e {image} ]; then",
         f"    rm -f {new}",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .. import adopt as adoption
     from .. import apply as application
     from .. import install, listing, pcilisting, reconcile, runner, state, systemd, users
-    from . import jobs, table
+    from . import built, jobs, table
     from . import pci as pci_commands
 else:
     json = Later("json")
@@ -29,7 +29,8 @@ else:
     install, listing, pcilisting = Later("..install"), Later("..listing"), Later("..pcilisting")
     reconcile, runner, state = Later("..reconcile"), Later("..runner"), Later("..state")
     systemd, users = Later("..systemd"), Later("..users")
-    jobs, pci_commands, table = Later(".jobs"), Later(".pci"), Later(".table")
+    built, jobs = Later(".built"), Later(".jobs")
+    pci_commands, table = Later(".pci"), Later(".table")
 
 HOST = HostPaths.from_environment()
 
@@ -142,6 +143,54 @@ def adopt(vm: str, former: str | None, user: str | None) -> None:
     for line in done.left:
         click.echo(f"{vm}: left as it is: {line}", err=True)
     click.echo(f"{vm}: runs as {identity.user}, who was given {len(done.given)} files")
+
+
+@microvm.command()
+@click.argument("declaration", metavar="FILE")
+@click.option("-o", "--output", metavar="DIR", required=True, help="Where to write the package.")
+def build(declaration: str, output: str) -> None:
+    """Make the runner package of a declaration, without installing it; needs no root."""
+    built.build(os.path.abspath(declaration), output)
+    click.echo(f"built {output}")
+
+
+@microvm.command()
+@click.argument("vm", metavar="NAME", type=NAME)
+@JSON
+def show(vm: str, as_json: bool) -> None:
+    """Show the command line of a declared VM's hypervisor as it would be now, a word a line."""
+    _existing(vm)
+    words = built.command_line(vm, HOST)
+    click.echo(json.dumps(words, indent=2) if as_json else "\n".join(words))
+
+
+@microvm.command()
+@click.argument("vm", metavar="NAME", type=NAME)
+@JSON
+def history(vm: str, as_json: bool) -> None:
+    """Show the packages that a VM had, and what each changed."""
+    _existing(vm)
+    built.show_history(vm, HOST, as_json=as_json)
+
+
+@microvm.command()
+@click.argument("vm", metavar="NAME", type=NAME)
+@click.argument("to", metavar="[TO]", required=False)
+@click.option("-R", "--restart", is_flag=True, help="Restart it if it runs.")
+def rollback(vm: str, to: str | None, restart: bool) -> None:
+    """Give a VM the package that it had before, or the one whose digest begins with TO.
+
+    It keeps that until its declaration changes, or `microvm update` is asked for.
+    """
+    _as_root()
+    _existing(vm)
+    change = install.roll_back(vm, to, HOST)
+    click.echo(f"{vm}: rolled back from {change.before} to {change.after}")
+    runs = listing.rows(HOST, (vm,))[0].runs
+    if runs and change.wants_restart and restart:
+        jobs.run("restart", [vm])
+    elif runs and change.wants_restart:
+        click.echo(f"it still runs the former: systemctl restart {names.unit(vm)}")
 
 
 @microvm.command()

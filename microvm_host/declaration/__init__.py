@@ -114,12 +114,16 @@ def load(path: str) -> Declaration:
     Raises:
         DeclarationError: it is not there or not right.
     """
-    document = read(path)
+    return of(read(path))
+
+
+def of(document: Document) -> Declaration:
+    """What a document says to the host; raises DeclarationError."""
     settings = _checked(document)
     for key in ("runner", "flake", "user", "allow_host_devices"):
         settings.pop(key, None)
     return Declaration(
-        name=name_of(path),
+        name=name_of(document.path),
         source=_source(document),
         user=_user(document),
         allow_host_devices=_addresses("allow_host_devices", document),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from .. import names, paths
 from ..errors import NameInvalid
 from ..frozen import frozen
-from . import claims, derived, name_of, read
+from . import claims, derived, name_of, of, read
 from .schema import GUEST
 
 TYPE_CHECKING = False
@@ -180,6 +180,11 @@ def load(path: str, others: claims.Claims | None = None) -> tuple[Guest, Documen
     """
     document = read(path)
     name = name_of(path)
+    source = of(document).source
+    if source.kind != "declaration":
+        raise document.error(
+            (source.kind,), f"says not what the guest is like: its package comes by {source.kind}"
+        )
     reader = _Reader(name, document)
     guest = reader.guest()
     if others:
@@ -320,7 +325,10 @@ class _Reader:
                     f"for {' and '.join(kinds)} it is",
                 )
         if macvtap["link"] == found["id"]:
-            raise self._wrong((*at, "macvtap", "link"), f"{found['id']!r} cannot be its own link")
+            raise self._wrong(
+                (*at, "macvtap", "link"),
+                f"interfaces.macvtap.link = {found['id']!r} is the interface itself",
+            )
         return Interface(
             type=kind,
             id=found["id"],

@@ -130,7 +130,8 @@ class List(Kind):
 
     def read(self, value: object, at: Path, document: Document) -> Any:
         if not isinstance(value, list):
-            raise document.error(at, f"{dotted(at)} = {shown(value)} is not a list")
+            hint = f"it is written [[{dotted(at)}]]" if isinstance(self._of, Table) else ""
+            raise document.error(at, f"{dotted(at)} = {shown(value)} is not a list", hint)
         return tuple(
             self._of.read(element, (*at, number), document) for number, element in enumerate(value)
         )
@@ -199,7 +200,8 @@ class Table(Kind):
             if name in value:
                 found[name] = key.kind.read(value[name], (*at, name), document)
             elif key.is_required:
-                raise document.error(at, f"{dotted((*at, name))} is missing", key.about)
+                about = f"{key.about[0].lower()}{key.about[1:].rstrip('.')}"
+                raise document.error(at, f"{dotted((*at, name))} is missing", about)
             elif isinstance(key.kind, Table):
                 found[name] = key.kind.read({}, (*at, name), document)
             else:

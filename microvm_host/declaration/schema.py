@@ -8,6 +8,8 @@ of the manual page all read this table.
 
 from __future__ import annotations
 
+from os.path import normpath
+
 from .. import names
 from ..errors import NameInvalid
 from .kinds import REQUIRED, Choice, Key, List, Map, Number, Table, Text, Truth
@@ -34,6 +36,12 @@ def _inner(text: str) -> str:
     """A path of a file that the VM's user makes: in the state directory, or given whole."""
     if ".." in text.split("/") or text.endswith("/"):
         raise ValueError("is not a path of a file below the state directory, nor an absolute one")
+    return text
+
+
+def _socket(text: str) -> str:
+    if normpath(_inner(text)) != text:
+        raise ValueError("is not a path in its shortest form")
     return text
 
 
@@ -78,6 +86,19 @@ def _credential(text: str) -> str:
 def _machine_option(text: str) -> str:
     if not text.replace("-", "").replace("_", "").isalnum() or not text.isascii():
         raise NameInvalid(f"{text!r} is not a name of a machine option")
+    return text
+
+
+# What the host says to virtiofsd itself; docs/runner-package.md has the same.
+RESERVED_ARGUMENTS = (
+    *("--fd", "--socket-path", "--socket-group", "--shared-dir", "--readonly"),
+    *("--print-capabilities", "--daemonize"),
+)
+
+
+def _virtiofsd_argument(text: str) -> str:
+    if text.split("=", 1)[0] in RESERVED_ARGUMENTS:
+        raise ValueError("is the host's to give; source, socket and readOnly are keys")
     return text
 
 
@@ -197,12 +218,14 @@ _SHARE = Table(
         ),
         "posixAcl": Key(Truth(), True, "virtiofs: whether POSIX ACLs work."),
         "socket": Key(
-            Text(_inner),
+            Text(_socket),
             None,
             "virtiofs: the socket between hypervisor and virtiofsd; by default "
             "NAME-virtiofs-TAG.sock.",
         ),
-        "extraArgs": Key(List(Text()), (), "virtiofs: further arguments for virtiofsd."),
+        "extraArgs": Key(
+            List(Text(_virtiofsd_argument)), (), "virtiofs: further arguments for virtiofsd."
+        ),
         "securityModel": Key(
             Choice("none", "passthrough", "mapped", "mapped-file"),
             "none",
@@ -295,7 +318,7 @@ GUEST = Table(
             "vsock.",
         ),
         "socket": Key(
-            Text(_inner, may_be_empty=True),
+            Text(_socket, may_be_empty=True),
             None,
             "Control socket of the hypervisor, below the state directory; by default NAME.sock. "
             "Empty for none, and no microvm-shutdown and microvm-balloon then.",
@@ -388,6 +411,7 @@ _HOST: dict[str, dict[str, Any]] = {
 def json_schema() -> dict[str, Any]:
     """The schema of a whole declaration, for editors."""
     return {
+        "$comment": "SPDX-License-Identifier: MIT",
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Declaration of a microVM, microvm.toml(5)",
         "type": "object",

@@ -17,6 +17,7 @@ import pytest
 
 from microvm_host import declaration, errors
 from microvm_host.cli import classic, commands
+from microvm_host.declaration import kinds, schema
 
 TOP = Path(__file__).parents[2]
 PAGES = sorted((TOP / "man").glob("*.[1-8]"))
@@ -108,6 +109,22 @@ def test_manual_lists_the_exit_codes() -> None:
 def test_manual_lists_the_keys_of_a_declaration() -> None:
     items = [line for line in section("microvm.toml.5", "KEYS") if line.startswith(".It ")]
     assert [line.split()[2] for line in items] == list(declaration._KEYS)
+
+
+def leaves(table: kinds.Table, at: str = "") -> Iterator[str]:
+    """The keys of a table as the manual has them: `volumes.size`."""
+    for name, key in table.keys.items():
+        inner = key.kind._of if isinstance(key.kind, kinds.List) else key.kind
+        if isinstance(inner, kinds.Table):
+            yield from leaves(inner, f"{at}{name}.")
+        else:
+            yield f"{at}{name}"
+
+
+def test_manual_lists_the_keys_of_a_guest() -> None:
+    lines = section("microvm.toml.5", "KEYS OF THE GUEST")
+    items = [line for line in lines if line.startswith(".It ")]
+    assert [line.split()[2] for line in items] == list(leaves(schema.GUEST))
 
 
 def test_manual_names_each_unit() -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[2]
 # Other than source: they have no comments, or are compared byte by byte.
 WITHOUT = {"LICENSE", ".gitignore", "requirements.txt", "benchmarks.json"}
-LEFT_OUT = {"golden", "corpus", "__pycache__", "build", "dist"}
+LEFT_OUT = {"golden", "corpus", "__pycache__"}
+LEFT_OUT_AT_TOP = {"build", "dist"}
 
 
 def sources() -> list[Path]:
@@ -19,7 +20,9 @@ def sources() -> list[Path]:
         subdirectories[:] = [
             name
             for name in subdirectories
-            if name not in LEFT_OUT and (not name.startswith(".") or (top and name == ".ci"))
+            if name not in LEFT_OUT
+            and not (top and name in LEFT_OUT_AT_TOP)
+            and (not name.startswith(".") or (top and name == ".ci"))
         ]
         found += [
             Path(directory, file)

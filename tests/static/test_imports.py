@@ -39,7 +39,7 @@ LAYERS: tuple[set[str], ...] = (
         "adopt",
         "guard",
     },
-    {"install", "listing", "pcilisting"},
+    {"diff", "install", "listing", "pcilisting"},
     {"apply", "reconcile"},
     # Entry points, which nothing imports.
     {"generator", "helper", "cli"},

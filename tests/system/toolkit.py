@@ -128,7 +128,8 @@ class Toolkit:
             f"systemctl kill -s KILL microvm@{name} 2>/dev/null; systemctl stop microvm@{name}; "
             f"systemctl reset-failed 'microvm*{name}*' 2>/dev/null; "
             f"systemctl disable -q microvm@{name}; "
-            f"rm -rf /var/lib/microvms/{name} /opt/packages/{name} /etc/microvms/{name}.toml "
+            f"rm -rf /var/lib/microvms/{name} /opt/packages/{name} /etc/microvms/{name}.toml* "
+            f"/var/lib/microvm-host/*/{name}.json /var/lib/microvm-host/packages/*-{name} "
             f"/etc/systemd/system/microvm@{name}.service.d; systemctl daemon-reload",
             check=False,
             timeout=200,

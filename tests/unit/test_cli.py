@@ -21,9 +21,13 @@ from microvm_host.runner import Macvtap, Package, Share, Tap
 from . import packages
 
 REPOSITORY = Path(__file__).parents[2]
-COMMANDS = ["adopt", "apply", "create", "list", "logs", "pci", "reconcile", "remove"] + [
+COMMANDS = ["adopt", "apply", "build", "create", "history", "list", "logs", "pci"] + [
+    "reconcile",
+    "remove",
     "restart",
+    "rollback",
     "run",
+    "show",
     "ssh",
     "start",
     "status",

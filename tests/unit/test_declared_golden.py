@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: MIT
+"""Declarations in tests/golden/declarations: what each gives, be it a package or one line of error.
+
+`right/` and `wrong/` are about one declaration each, `taken/` about those of one host. Beside each
+NAME.toml stands NAME.expected. Each right one is also written, read back by the host's own reader
+of packages, and run as far as its command line; each wrong one leaves nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from microvm_host import runner
+from microvm_host.build import declared
+from microvm_host.build.tools import Blob, Tools
+from microvm_host.build.tree import Copy, File, Link, Tree
+from microvm_host.declaration import claims
+from microvm_host.declaration.guest import Guest
+from microvm_host.errors import DeclarationError
+
+from . import golden
+
+DIRECTORY = golden.DIRECTORY / "declarations"
+CASES = sorted(DIRECTORY.glob("*/*.toml"))
+RIGHT = [case for case in CASES if case.parent.name == "right"]
+# Programs whose text is the same in all packages; one case shows the rest of the script.
+WHOLE = "everything"
+
+
+def tools(guest: Guest) -> Tools:
+    """A host that has everything but btrfs's tools, unless a case is named for them."""
+    kinds = ("ext4", "xfs", "vfat", *(["btrfs"] if guest.name == "volume-btrfs" else []))
+    paths = filter(None, (guest.kernel, guest.initrd))
+    return Tools(
+        python="/usr/bin/python3",
+        qemu="/usr/bin/qemu-system-x86_64",
+        qemu_version=(10, 0),
+        mkfs=tuple((kind, f"/usr/sbin/mkfs.{kind}") for kind in kinds),
+        blobs=tuple(Blob(path, "0" * 64) for path in paths),
+    )
+
+
+def tree(case: Path) -> Tree:
+    others = claims.gather(str(case.parent)) if case.parent.name == "taken" else None
+    return declared.tree(str(case), others, tools)
+
+
+def described(package: Tree, *, whole: bool) -> str:
+    """A package for people to read over."""
+    lines = []
+    for path, entry in package.entries:
+        if isinstance(entry, File):
+            text = entry.content.decode()
+            if path == "bin/microvm-run" and not whole:
+                # Between what looks at the host and what `microvm show` is for, and after that.
+                command, _, rest = text.partition("\nset -- ")[2].partition("\nif [ -n ")
+                text = f"set -- {command}\n{rest.partition('fi')[2].strip()}\n"
+                text = text.replace('\nexec "$@"\n', "\n")
+            elif path.startswith(("lib/", "bin/")) and not whole:
+                text = ""
+            lines.append(f"==== {path} {entry.mode:04o}\n{text}")
+        elif isinstance(entry, Copy):
+            lines.append(f"==== {path} {entry.mode:04o} copy of {entry.source}\n")
+        else:
+            assert isinstance(entry, Link)
+            lines.append(f"==== {path} -> {entry.target}\n")
+    return "".join(lines)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.parent.name}/{case.stem}")
+def test_is_the_golden_one(case: Path) -> None:
+    try:
+        found = described(tree(case), whole=case.stem == WHOLE)
+        assert case.parent.name != "wrong"
+    except DeclarationError as error:
+        assert case.parent.name != "right", error
+        assert error.exit_code == 78
+        # One line, that of the file in which it is wrong.
+        found = f"{error}\n".replace(f"{case.parent}/", "")
+        assert found.count("\n") == 1
+    golden.compare(f"declarations/{case.parent.name}/{case.stem}.expected", found)
+
+
+def test_there_are_enough_of_them_and_none_is_left_over() -> None:
+    assert len(CASES) > 180
+    expected = {path.stem for path in DIRECTORY.glob("*/*.expected")}
+    assert expected == {case.stem for case in CASES}
+
+
+@pytest.mark.parametrize("case", RIGHT, ids=lambda case: case.stem)
+def test_the_host_reads_it_and_the_shell_runs_it(case: Path, tmp_path: Path) -> None:
+    """The contract, from the other side; and words go through the shell as they are."""
+    blob = tmp_path / "blob"
+    blob.write_bytes(b"")
+    empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+    package = Tree(
+        tuple(
+            (path, Copy(str(blob), empty) if isinstance(entry, Copy) else entry)
+            for path, entry in tree(case).entries
+        )
+    )
+    package.write(str(tmp_path / "package"))
+    loaded = runner.load(str(tmp_path / "package"))
+    assert loaded.hypervisor == "qemu"
+    assert loaded.control_socket is not None and loaded.control_socket.protocol == "qmp"
+    assert loaded.event_log is not None
+    assert all(share.options_given for share in loaded.shares)
+    done = subprocess.run(
+        [f"{loaded.path}/bin/microvm-run"],
+        env={"MICROVM_SHOW": "1", "PATH": "/nonexistent"},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    words = done.stdout.splitlines()
+    assert words[0] == "/usr/bin/qemu-system-x86_64"
+    # It looked, and did nothing.
+    assert sorted(os.listdir(tmp_path)) == ["blob", "package"]
+    if case.stem == "odd-paths":
+        append = words[words.index("-append") + 1]
+        assert "a='b c' x=$(reboot) y=`id` z=\"q\"" in append
+    if case.stem == "extra-args":
+        assert words[-1] == "it's $HOME"
+
+
+@pytest.mark.parametrize("case", RIGHT, ids=lambda case: case.stem)
+def test_twice_the_same(case: Path) -> None:
+    one, other = tree(case), tree(case)
+    assert one == other
+    assert one.digest == other.digest

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: MIT
+"""The store keeps what somebody needs, and a VM's history tells what it had."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from microvm_host import declaration, install, runner, source, state, store, systemd
+from microvm_host.build import declared
+from microvm_host.build.tools import Blob, Tools
+from microvm_host.build.tree import Copy, File, Tree
+from microvm_host.declaration import Declaration
+from microvm_host.declaration.guest import Guest
+from microvm_host.errors import DeclarationError, MicrovmHostError
+from microvm_host.identity import Identity
+from microvm_host.paths import HostPaths
+from microvm_host.source import Source
+
+DIGEST = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+
+
+@pytest.fixture(autouse=True)
+def without_root(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """systemd is not asked, root's files are ours, and each host has a QEMU."""
+    ours = Identity("me", os.getuid(), "us", os.getgid())
+    monkeypatch.setattr(systemd, "identity", lambda name: ours)
+    monkeypatch.setattr(os, "fchown", lambda *_: None)
+    monkeypatch.setattr(source, "_is_roots_file", lambda status: True)
+    monkeypatch.setattr(state, "_is_roots", lambda status: True)
+    (root / "kernel").write_bytes(b"")
+
+    def tools(guest: Guest) -> Tools:
+        return Tools(
+            python="/usr/bin/python3",
+            qemu="/usr/bin/qemu-system-x86_64",
+            qemu_version=(10, 0),
+            blobs=(Blob(guest.kernel, DIGEST),),
+        )
+
+    whole = declared.tree
+
+    def tree(path: str, others: object = None) -> Tree:
+        return whole(path, others, tools)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(declared, "tree", tree)
+
+
+def declare(host: HostPaths, name: str, text: str = "") -> Source:
+    Path(host.declarations).mkdir(parents=True, exist_ok=True)
+    Path(host.declaration(name)).write_text(f'kernel = "{host.at("/kernel")}"\n{text}')
+    return Source("declaration", host.declaration(name))
+
+
+def update(host: HostPaths, name: str, text: str = "", *, is_declared: bool = False) -> str:
+    """Install what a declaration says; gives the package's name."""
+    found = install.from_source(name, declare(host, name, text), host, is_declared=is_declared)
+    return os.path.basename(found.after)
+
+
+def current(host: HostPaths, name: str) -> str:
+    return os.path.basename(os.readlink(host.current(name)))
+
+
+def stored(host: HostPaths) -> set[str]:
+    return set(os.listdir(host.packages))
+
+
+def test_a_declaration_is_installed(host: HostPaths) -> None:
+    name = update(host, "web")
+    assert name.endswith("-web") and stored(host) == {name}
+    assert current(host, "web") == name
+    assert runner.load(host.current("web")).hypervisor == "qemu"
+    assert source.remembered(host.vm("web")) == Source("declaration", host.declaration("web"))
+    assert [entry.package for entry in store.history("web", host)] == [f"{host.packages}/{name}"]
+    # Once more: nothing changed, and nothing is noted.
+    assert update(host, "web") == name
+    assert len(store.history("web", host)) == 1
+
+
+def test_a_wrong_declaration_changes_nothing(host: HostPaths) -> None:
+    name = update(host, "web")
+    for text in ("mem = 0\n", 'hypervisor = "crosvm"\n', "x\n"):
+        with pytest.raises(DeclarationError) as caught:
+            update(host, "web", text)
+        assert caught.value.line == 2
+    assert (stored(host), current(host, "web")) == ({name}, name)
+    with pytest.raises(DeclarationError):
+        update(host, "new", "mem = 0\n")
+    assert not os.path.exists(host.vm("new")) and not os.path.exists(host.history("new"))
+
+
+def test_a_failure_leaves_neither_package_nor_vm(
+    host: HostPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for where in (state, "link"), (store, "note"), (runner, "load"), (os, "rename"):
+        with monkeypatch.context() as patch:
+            patch.setattr(*where, fail)
+            with pytest.raises(KeyboardInterrupt):
+                update(host, "web")
+        assert not os.path.exists(host.vm("web")), where
+        assert stored(host) == set(), where
+
+
+def test_the_last_few_are_kept(host: HostPaths) -> None:
+    packages = [update(host, "web", f"vcpu = {number}\n") for number in range(1, 9)]
+    assert stored(host) == set(packages[-store.KEPT :])
+    # What is running, and what another VM has, is kept all the same.
+    other = update(host, "db")
+    os.symlink(f"{host.packages}/{packages[-2]}", host.booted("web"))
+    for number in range(10, 18):
+        update(host, "web", f"vcpu = {number}\n")
+    assert {other, packages[-2]} < stored(host)
+    assert len(stored(host)) == store.KEPT + 2
+    install.remove("web", host)
+    assert stored(host) == {other}
+    assert not os.path.exists(host.history("web"))
+
+
+def test_what_a_killed_writer_left_is_collected(host: HostPaths) -> None:
+    name = update(host, "web")
+    os.mkdir(f"{host.packages}/.{'0' * 32}-web.0123456789abcdef")
+    os.mkdir(f"{host.packages}/an-administrators")
+    update(host, "web")
+    assert stored(host) == {name, "an-administrators"}
+
+
+def test_nothing_is_collected_by_a_broken_history(host: HostPaths) -> None:
+    packages = [update(host, "web", f"vcpu = {number}\n") for number in range(1, 4)]
+    Path(host.history("web")).write_text("{")
+    with pytest.raises(MicrovmHostError, match=r"web\.json: is broken; remove it"):
+        update(host, "web", "vcpu = 9\n")
+    assert set(packages) <= stored(host)
+
+
+def test_rollback(host: HostPaths) -> None:
+    first, second, third = (update(host, "web", f"vcpu = {number}\n") for number in (1, 2, 3))
+    assert os.path.basename(install.roll_back("web", None, host).after) == second
+    assert current(host, "web") == second
+    # As at boot: the declaration still gives the third, which was turned away from.
+    change = install.declared(install_declaration(host, "web"), host)
+    assert change.describe().startswith("web: stays rolled back to ")
+    assert not change.is_new and current(host, "web") == second
+    assert install.would_be("web", declare(host, "web", "vcpu = 3\n"), host) == os.readlink(
+        host.current("web")
+    )
+    # Once it says something else, that is installed.
+    fourth = update(host, "web", "vcpu = 4\n", is_declared=True)
+    assert current(host, "web") == fourth
+    assert os.path.basename(install.roll_back("web", first[:8], host).after) == first
+    # And `microvm update` is an explicit wish.
+    assert update(host, "web", "vcpu = 4\n") == fourth
+    for to, message in (("ffff", "no other package that begins with 'ffff'"), ("", "several")):
+        with pytest.raises(MicrovmHostError, match=message):
+            install.roll_back("web", to, host)
+    assert stored(host) == {first, second, third, fourth}
+
+
+def install_declaration(host: HostPaths, name: str) -> Declaration:
+    return declaration.load(host.declaration(name))
+
+
+def test_rollback_without_a_past(host: HostPaths) -> None:
+    update(host, "web")
+    with pytest.raises(MicrovmHostError, match="microVM web had no other package before"):
+        install.roll_back("web", None, host)
+
+
+def test_a_kernel_is_on_the_disk_once(host: HostPaths, root: Path) -> None:
+    first, second = (update(host, "web", f"vcpu = {number}\n") for number in (1, 2))
+    inodes = {os.stat(f"{host.packages}/{each}/lib/kernel").st_ino for each in (first, second)}
+    assert len(inodes) == 1
+
+
+def test_a_store_behind_a_link_is_known(host: HostPaths, root: Path) -> None:
+    (root / "elsewhere").mkdir()
+    os.symlink(root / "elsewhere", root / "var/lib/microvm-host")
+    names = [update(host, "web", f"vcpu = {number}\n") for number in (1, 2)]
+    assert stored(host) == set(names)
+    assert store.is_ours(os.readlink(host.current("web")), host)
+    assert not store.is_ours("/srv/web", host)
+
+
+def test_two_trees_of_one_digest_are_written_once(host: HostPaths, root: Path) -> None:
+    tree = Tree.of({"bin/microvm-run": File(b"#!/bin/sh\n", 0o755)})
+    path = store.put(tree, "web", -1, host)
+    (Path(path) / "mark").touch()
+    assert store.put(tree, "web", -1, host) == path
+    assert (Path(path) / "mark").exists()
+    shutil.rmtree(path)
+    blob = Copy(str(root / "kernel"), "0" * 64)
+    with pytest.raises(MicrovmHostError, match="was changed"):
+        store.put(Tree.of({"lib/kernel": blob}), "web", -1, host)
+    assert stored(host) == set()
+
+
+def test_vms_do_not_take_each_others_addresses(host: HostPaths) -> None:
+    update(host, "web", "vsock.cid = 5\n")
+    with pytest.raises(DeclarationError, match="vsock CID 5 is that of microVM web") as caught:
+        update(host, "db", "mem = 64\nvsock.cid = 5\n")
+    assert caught.value.line == 3
