@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import time
 
-from . import control, log, names, process
+from . import control, log, names, process, service
 from .errors import EXIT_CONFIG, MicrovmHostError
 from .frozen import frozen
 
@@ -126,25 +126,25 @@ def take_note(name: str, end: End, said: str | None, limit: int, ends: Record) -
             log.error("systemd had to end the hypervisor: the guest was not shut down", vm=name)
         ends.clear()
         return 0
-    unit = _show(
+    restart, active, started, exited = service.properties(
         name,
-        "Restart",
-        "ActiveEnterTimestampMonotonic",
-        "ExecMainStartTimestampMonotonic",
-        "ExecMainExitTimestampMonotonic",
+        ("Service", "Restart"),
+        ("Unit", "ActiveEnterTimestampMonotonic"),
+        ("Service", "ExecMainStartTimestampMonotonic"),
+        ("Service", "ExecMainExitTimestampMonotonic"),
     )
     kind, what = end.kind(said), end.describe(said)
     is_failure = end.result != "success" or kind in _FAILURES
     # Where only failures lead to a new start, a reboot is to be one, or the guest stays down.
-    is_wish = kind == control.REBOOTED and unit["Restart"] == "on-failure"
+    is_wish = kind == control.REBOOTED and restart == "on-failure"
     code = 1 if (is_failure or is_wish) and end.result == "success" else 0
-    if not _starts_again(unit["Restart"], end, is_failure=is_failure or is_wish):
+    if not _starts_again(restart, end, is_failure=is_failure or is_wish):
         ends.clear()
         # Of a package that is wrong the helper that found it out has told.
         if not _is_wrong_package(end):
             (log.warning if is_failure else log.info)(f"{what}; it stays down", vm=name)
         return 1 if is_failure and end.result == "success" else 0
-    ran = _ran(unit)
+    ran = _ran(active, started, exited)
     if ran > (LONG_ENOUGH_TO_FAIL if is_failure else LONG_ENOUGH):
         ends.clear()
     ends.append("end", f"{time.clock_gettime(time.CLOCK_BOOTTIME):.3f}", what)
@@ -182,54 +182,30 @@ def _starts_again(restart: str, end: End, *, is_failure: bool) -> bool:
     return restart != "no" and is_failure
 
 
-def _ran(unit: dict[str, str]) -> float:
-    """How many seconds the VM ran, from when it counted as started; 0 if it never did."""
-    began, started, exited = (
-        _number(unit[f"{event}TimestampMonotonic"])
-        for event in ("ActiveEnter", "ExecMainStart", "ExecMainExit")
-    )
-    if began < started:
+def _ran(active: int, started: int, exited: int) -> float:
+    """How many seconds the VM ran, from when it counted as started; 0 if it never did.
+
+    Args:
+        active: when the unit was active last, in microseconds; 0 for what never was.
+        started: when its main process began.
+        exited: when that ended.
+    """
+    if active < started:
         # That was a former run.
         return 0.0
-    return max(exited - began, 0) / 1e6
-
-
-def _number(text: str) -> int:
-    """What systemd says of a time; 0 if it does not know."""
-    return int(text) if names.is_number(text) else 0
+    return max(exited - active, 0) / 1e6
 
 
 def _was_asked_for(name: str) -> bool:
     """Whether a VM has ended because somebody wanted it to."""
-    match _pending_job(name):
-        case ["stop" | "restart" | "try-restart", _]:
+    match service.pending_job(name):
+        case ("stop" | "restart" | "try-restart", _):
             return True
-        case ["start", "waiting"]:
+        case ("start", "waiting"):
             # It has come during the stop and taken that job's place. A start that is what failed
             # just now is running still.
             return True
     return False
-
-
-def _pending_job(name: str) -> list[str]:
-    """Type (`stop`, `start`, …) and state of the job that systemd has for a VM; empty if none."""
-    unit = names.unit(name)
-    argv = ["systemctl", "list-jobs", "--full", "--no-legend", "--no-pager", "--", unit]
-    for line in process.output(argv).splitlines():
-        columns = line.split()
-        if len(columns) == 4 and columns[1] == unit:
-            return columns[2:]
-    return []
-
-
-def _show(name: str, *properties: str) -> dict[str, str]:
-    argv = ["systemctl", "show", f"--property={','.join(properties)}", "--", names.unit(name)]
-    found = dict.fromkeys(properties, "")
-    for line in process.output(argv).splitlines():
-        key, equals, value = line.partition("=")
-        if equals:
-            found[key] = value
-    return found
 
 
 def wait_for_turn(ends: Record, first_delay: float) -> None:
@@ -260,7 +236,7 @@ def wait_for_turn(ends: Record, first_delay: float) -> None:
 
 def forget_unless_it_goes_on(name: str, ends: Record) -> None:
     """Clear the record when a VM is undone that is not about to be started again."""
-    if not _pending_job(name) or os.environ.get("SERVICE_RESULT", "success") != "success":
+    if not service.pending_job(name) or os.environ.get("SERVICE_RESULT", "success") != "success":
         ends.clear()
 
 

@@ -11,61 +11,75 @@ import os
 import select
 import time
 
-from . import log, names, process
-from .errors import MicrovmHostError
+from . import log, names, process, service
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
-PROPERTIES = ("ActiveState", "Job", "MainPID")
+    # ActiveState, whether the unit has a job, and its main process, 0 for none.
+    Seen = tuple[str, bool, int]
+
 # The job of the unit may have to wait for a moment.
 BEGINS_WITHIN = 5.0  # seconds
+# No stop that takes less is too long, so that most need not ask how long that would be.
+NEVER_TOO_SOON = 5.0  # seconds
 LOOK_EVERY = 1.0  # seconds
+# Without a main process, what is left takes a moment, and the rest of the stop waits for us.
+LOOK_AT_LAST_EVERY = 0.01  # seconds
+
+
+def look(vm: str) -> Seen:
+    """What systemd says of the unit of a VM now; raises MicrovmHostError."""
+    state, (job, _), main = service.properties(
+        vm, ("Unit", "ActiveState"), ("Unit", "Job"), ("Service", "MainPID")
+    )
+    return state, bool(job), main
 
 
 def patience(
-    environment: str,
+    environment: Sequence[str],
     defaults: Mapping[str, float],
     seconds: Callable[[str], float | None],
 ) -> float:
-    """How many seconds a stop may take, by the unit's Environment= as systemd shows it.
+    """How many seconds a stop may take, by the unit's Environment=.
 
     Args:
+        environment: assignments.
         defaults: the variables of the times that a stop consists of, with what each is unset.
         seconds: reads one; None if it is no time that the stop itself would take.
     """
     found = dict(defaults)
-    for word in environment.split():
-        key, _, value = word.strip("\"'").partition("=")
+    for assignment in environment:
+        key, _, value = assignment.partition("=")
         if key in found:
             time_given = seconds(value)
             found[key] = defaults[key] if time_given is None else time_given
     return sum(found.values())
 
 
-def watch(vm: str, within: float, look: Callable[[], Mapping[str, str]]) -> None:
+def watch(vm: str, within: Callable[[], float], look: Callable[[], Seen]) -> None:
     """Wait until the unit of a VM has stopped, and kill all that is in it if that takes too long.
 
     Args:
-        within: seconds.
-        look: gives the unit's PROPERTIES.
+        within: how long that is, in seconds; asked when it has taken a while.
+        look: gives what systemd says of the unit.
 
     Raises:
         MicrovmHostError: systemd does not answer.
     """
     unit = names.unit(vm)
     began = time.monotonic()
+    patience: float | None = None
     is_stopping = False
     while True:
-        found = look()
+        state, has_job, main = look()
         elapsed = time.monotonic() - began
-        state = found.get("ActiveState")
-        if not state:
-            raise MicrovmHostError(f"systemd does not tell the state of {unit}")
         if state == "deactivating":
             is_stopping = True
-            if elapsed > within:
+            if patience is None and elapsed > NEVER_TOO_SOON:
+                patience = within()
+            if patience is not None and elapsed > patience:
                 # Again and again: it may have made new processes.
                 log.error(
                     f"{unit} is there {elapsed:.0f} s after it was told to stop: killing all of it",
@@ -73,15 +87,11 @@ def watch(vm: str, within: float, look: Callable[[], Mapping[str, str]]) -> None
                 )
                 process.output(["systemctl", "kill", "--signal=KILL", "--", unit])
         elif (
-            is_stopping
-            or state in ("inactive", "failed")
-            or not found.get("Job")
-            or elapsed > BEGINS_WITHIN
+            is_stopping or state in ("inactive", "failed") or not has_job or elapsed > BEGINS_WITHIN
         ):
             # It has stopped, or is about to start again, or ended by itself.
             return
-        main = found.get("MainPID", "")
-        _wait(int(main) if names.is_number(main) else 0)
+        _wait(main)
 
 
 def _wait(pid: int) -> None:
@@ -89,14 +99,14 @@ def _wait(pid: int) -> None:
     try:
         main = os.pidfd_open(pid)
     except (OSError, ValueError, OverflowError):
-        # Gone already: what is left takes a moment.
-        time.sleep(LOOK_EVERY / 20)
+        # Gone already.
+        time.sleep(LOOK_AT_LAST_EVERY)
         return
     try:
         poll = select.poll()
         poll.register(main, select.POLLIN)
         if poll.poll(LOOK_EVERY * 1000):
             # systemd hears of it when we do.
-            time.sleep(LOOK_EVERY / 200)
+            time.sleep(LOOK_AT_LAST_EVERY / 2)
     finally:
         os.close(main)

@@ -32,11 +32,11 @@ HOLDER_GIVES_BACK_WITHIN = 30.0  # seconds
 
 def set_booted(name: str, host: HostPaths) -> None:
     """Check all of the package and make it the booted one: the rest of the start reads that."""
-    from . import runner, state, systemd, trust
+    from . import runner, service, state, trust
 
     state.check_current(name, host)
     package = runner.load(host.current(name))
-    identity = systemd.identity(name)
+    identity = service.identity(name)
     trust.check_package(package.path, identity)
     if state.prepare(name, identity.gid, host):
         log.notice(
@@ -63,7 +63,7 @@ def _note_readiness(package: Package, booted: Record, name: str) -> None:
     socket = package.notify_socket
     if socket is None:
         return
-    from . import systemd
+    from . import service
 
     booted.append("readiness", package.readiness)
     if socket.path is not None:
@@ -71,7 +71,7 @@ def _note_readiness(package: Package, booted: Record, name: str) -> None:
     else:
         kind = "stream" if socket.is_stream else "seqpacket"
         booted.append("notify", "vsock", str(socket.port), str(package.vsock_cid), kind)
-    seconds = systemd.start_timeout(name)
+    seconds = service.start_timeout(name)
     if seconds is not None:
         booted.append("start-timeout", f"{seconds:.6f}")
 
@@ -400,23 +400,19 @@ def share_lost(name: str, tag: str, host: HostPaths) -> None:
 
 def guard(name: str, host: HostPaths) -> None:
     """See to it that a stop of the VM ends, whatever the hypervisor does to those who ask it."""
-    from . import guard, hypervisor, systemd
+    from . import guard, hypervisor, service
 
-    unit = names.unit(name)
-    # In one call, since it runs while the VM is being stopped.
-    first = systemd.show(unit, "Environment", *guard.PROPERTIES)
     times = hypervisor.Times()
-    patience = guard.patience(
-        first.get("Environment", ""),
-        {"MICROVM_SHUTDOWN_SECONDS": times.guest, "MICROVM_TERMINATE_SECONDS": times.terminate},
-        _as_seconds,
-    )
-    looks = [first]
-    guard.watch(
-        name,
-        patience + GUARD_WAITS,
-        lambda: looks.pop() if looks else systemd.show(unit, *guard.PROPERTIES),
-    )
+    defaults = {
+        "MICROVM_SHUTDOWN_SECONDS": times.guest,
+        "MICROVM_TERMINATE_SECONDS": times.terminate,
+    }
+
+    def within() -> float:
+        (environment,) = service.properties(name, ("Service", "Environment"))
+        return guard.patience(environment, defaults, _as_seconds) + GUARD_WAITS
+
+    guard.watch(name, within, lambda: guard.look(name))
 
 
 def install(name: str, host: HostPaths) -> None:

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 from contextlib import ExitStack
 
-from . import runner, state, store, systemd, users
+from . import runner, service, state, store, users
 from .errors import MicrovmHostError, UsageError
 from .frozen import frozen
 from .source import DECLARED, KINDS, Source
@@ -129,7 +129,7 @@ def from_source(
     """
     is_new = not os.path.lexists(host.vm(name))
     before = state.pointed_to(host.current(name))
-    gid = systemd.identity(name).gid
+    gid = service.identity(name).gid
     state.prepare(name, gid, host)
     is_built = source.kind == "declaration"
     passed_over = None

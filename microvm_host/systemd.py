@@ -1,22 +1,18 @@
 # SPDX-License-Identifier: MIT
-"""What the toolkit asks of systemd: the user of a unit, states, jobs and transient units.
+"""What the toolkit asks of systemd: states, jobs and transient units.
 
-The only module that imports pystemd. The helpers speak to systemd through it, on systemd's own
-socket for root; what anybody may ask goes through `systemctl`.
+The only module that imports pystemd, by which the helpers make units, on systemd's own socket for
+root; what anybody may ask goes through `systemctl`. Of a VM's own service, `service` asks.
 """
 
 from __future__ import annotations
 
-import grp
-import pwd
 import sys
 import time
 
-from . import names, process
+from . import process
 from .errors import MicrovmHostError
-from .identity import Identity
 from .interpreter import add_distribution_packages
-from .paths import HostPaths
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,69 +27,12 @@ _DESTINATION = b"org.freedesktop.systemd1"
 _PATH = b"/org/freedesktop/systemd1"
 _MANAGER = b"org.freedesktop.systemd1.Manager"
 _UNIT = b"org.freedesktop.systemd1.Unit"
-_SERVICE = b"org.freedesktop.systemd1.Service"
-# USEC_INFINITY, as systemd's properties have it.
-_INFINITY = 2**64 - 1
 
 
 def show(unit: str, *properties: str) -> dict[str, str]:
     """Properties of a unit as `systemctl show` prints them; raises MicrovmHostError."""
     text = process.output(["systemctl", "show", f"--property={','.join(properties)}", "--", unit])
     return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
-
-
-def identity(name: str) -> Identity:
-    """Whom the hypervisor of a VM will run as, drop-ins of its unit included.
-
-    Raises:
-        MicrovmHostError: systemd does not answer, or the user or group does not exist.
-    """
-    unit = names.unit(name)
-    connection = Connection(HostPaths.from_environment().systemd_private_socket)
-    try:
-        user, group, is_dynamic = connection.service_properties(
-            unit, ("User", "s"), ("Group", "s"), ("DynamicUser", "b")
-        )
-    finally:
-        connection.close()
-    if is_dynamic:
-        raise MicrovmHostError(
-            f"{unit} has DynamicUser=yes, so nobody knows yet who will own its devices",
-            hint="give it a User= that exists",
-        )
-    user = user or "root"
-    try:
-        account = pwd.getpwuid(int(user)) if user.isdigit() else pwd.getpwnam(user)
-    except KeyError as error:
-        raise MicrovmHostError(
-            f"{unit} runs as user {user!r}, who does not exist",
-            hint="create the user, or mend User= in the unit's drop-in",
-        ) from error
-    gid = account.pw_gid
-    try:
-        if group:
-            gid = int(group) if group.isdigit() else grp.getgrnam(group).gr_gid
-        group = grp.getgrgid(gid).gr_name
-    except KeyError as error:
-        raise MicrovmHostError(
-            f"{unit} runs as group {group or gid!r}, which does not exist",
-            hint="create the group, or mend Group= in the unit's drop-in",
-        ) from error
-    return Identity(account.pw_name, account.pw_uid, group, gid)
-
-
-def start_timeout(name: str) -> float | None:
-    """Seconds until systemd gives up the start of a VM (TimeoutStartSec=); None is never.
-
-    Raises:
-        MicrovmHostError: systemd does not answer.
-    """
-    connection = Connection(HostPaths.from_environment().systemd_private_socket)
-    try:
-        (microseconds,) = connection.service_properties(names.unit(name), ("TimeoutStartUSec", "t"))
-    finally:
-        connection.close()
-    return None if microseconds == _INFINITY else int(microseconds) / 1e6
 
 
 def states(*patterns: str) -> dict[str, str]:
@@ -211,25 +150,6 @@ class Connection:
                 f"{unit} did not start: it is {state}",
                 hint=f"`systemctl status '{unit}'` or `journalctl -u '{unit}'` says more",
             )
-
-    def service_properties(self, unit: str, *properties: tuple[str, str]) -> list[Any]:
-        """Properties of a service, by name and D-Bus signature; loads it if need be.
-
-        Raises:
-            MicrovmHostError: systemd does not tell.
-        """
-        argument = self._apply_signature(b"s", [unit.encode()])
-        path = self._call(_PATH, _MANAGER, b"LoadUnit", argument, about=unit)
-        try:
-            values = [
-                self._bus.get_property(
-                    _DESTINATION, path, _SERVICE, name.encode(), signature.encode()
-                )
-                for name, signature in properties
-            ]
-        except Exception as error:
-            raise MicrovmHostError(f"systemd does not tell of {unit}: {error}") from error
-        return [value.decode() if isinstance(value, bytes) else value for value in values]
 
     def active_state(self, unit: str) -> str:
         """`active`, `failed`, …; `inactive` for a unit that systemd no longer has."""

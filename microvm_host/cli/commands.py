@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from .. import adopt as adoption
     from .. import apply as application
-    from .. import install, listing, pcilisting, reconcile, runner, state, systemd, users
+    from .. import install, listing, pcilisting, reconcile, runner, service, state, users
     from . import built, jobs, table
     from . import pci as pci_commands
 else:
@@ -28,7 +28,7 @@ else:
     adoption, application = Later("..adopt"), Later("..apply")
     install, listing, pcilisting = Later("..install"), Later("..listing"), Later("..pcilisting")
     reconcile, runner, state = Later("..reconcile"), Later("..runner"), Later("..state")
-    systemd, users = Later("..systemd"), Later("..users")
+    service, users = Later("..service"), Later("..users")
     built, jobs = Later(".built"), Later(".jobs")
     pci_commands, table = Later(".pci"), Later(".table")
 
@@ -126,7 +126,7 @@ def adopt(vm: str, former: str | None, user: str | None) -> None:
     _existing(vm)
     if listing.rows(HOST, (vm,))[0].runs:
         raise MicrovmHostError(f"microVM {vm} is running", hint=f"microvm stop {vm}")
-    before = users.uid(former) if former else systemd.identity(vm).uid
+    before = users.uid(former) if former else service.identity(vm).uid
     if user is not None:
         if os.path.exists(HOST.declaration(vm)):
             raise MicrovmHostError(
@@ -136,7 +136,7 @@ def adopt(vm: str, former: str | None, user: str | None) -> None:
             )
         users.ensure(vm, users.checked(user), HOST)
         users.write_drop_in(vm, user, HOST)
-    identity = systemd.identity(vm)
+    identity = service.identity(vm)
     if before == identity.uid:
         before = users.uid(users.SHARED)
     done = adoption.adopt(vm, before, identity, HOST)

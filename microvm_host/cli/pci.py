@@ -9,7 +9,7 @@ import sys
 
 import click
 
-from .. import names, pcibus, pcilisting, systemd
+from .. import names, pcibus, pcilisting, service
 from ..errors import EXIT_FAILED
 from ..paths import HostPaths
 from ..pciids import Names
@@ -105,7 +105,7 @@ def _line(texts: tuple[str, ...], widths: list[int], room: int | None) -> str:
 
 def check(vm: str, host: HostPaths, *, as_json: bool) -> None:
     """Print what a start of a VM would do about its devices; exits with 1 if it would fail."""
-    found = pcilisting.check(vm, systemd.identity(vm), host)
+    found = pcilisting.check(vm, service.identity(vm), host)
     if as_json:
         click.echo(
             json.dumps(

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.fake_systemd import FakeSystemd
+
 REPOSITORY = Path(__file__).parents[2]
 PACKAGE = REPOSITORY / "microvm_host"
 
@@ -24,9 +26,9 @@ PACKAGE = REPOSITORY / "microvm_host"
 LAYERS: tuple[set[str], ...] = (
     {"errors", "frozen", "supervised", "vsock"},
     {"names", "paths", "identity", "interpreter", "process", "record", "source", "state", "sysfs"},
-    {"interfaces", "log", "pcibus", "runner", "control", "trust", "users"},
+    {"bus", "interfaces", "log", "pcibus", "runner", "control", "trust", "users"},
     {"declaration", "hostuse", "nodes", "pciids"},
-    {"build", "plan", "store", "systemd"},
+    {"build", "plan", "service", "store", "systemd"},
     # What changes the host; these do not know of each other.
     {
         "links",
@@ -214,9 +216,10 @@ LINKS = ours("identity", "interfaces", "interpreter", "links", "nodes", "plan", 
     *ours("sysfs"),
     *("_struct", "fcntl", "struct", "time"),
 }
+SERVICE = ours("bus", "identity", "service")
 # `site` is what knows where the distribution's packages are; the rest stands for pystemd.
 SYSTEMD = ours("identity", "interpreter", "process", "systemd") | {
-    *("_sitebuiltins", "grp", "pwd", "site", "time"),
+    *("_sitebuiltins", "site", "time"),
     *("pystemd.dbuslib",),
 }
 PCI = ours("hostuse", "identity", "interfaces", "nodes", "pci", "pcibus", "plan", "process") | {
@@ -224,7 +227,7 @@ PCI = ours("hostuse", "identity", "interfaces", "nodes", "pci", "pcibus", "plan"
     *("_struct", "fcntl", "struct", "time"),
 }
 BUDGET: dict[str, set[str]] = {
-    "set-booted": READS | SYSTEMD | ours("state", "trust"),
+    "set-booted": READS | SERVICE | ours("state", "trust") | {"grp", "pwd"},
     "unset-booted": set(),
     "tap-interfaces-up": LINKS,
     "tap-interfaces-down": LINKS,
@@ -237,10 +240,10 @@ BUDGET: dict[str, set[str]] = {
     "start": ours("hypervisor") | {"_signal", "select", "time"},
     # After the start, and for those VMs alone that ask for it.
     "register": READS | SYSTEMD | ours("machined"),
-    "guard": SYSTEMD - {"pystemd.dbuslib"} | ours("guard", "hypervisor") | {"_signal", "select"},
+    "guard": SERVICE | ours("guard", "hypervisor", "process") | {"_signal", "select", "time"},
     "stop": ours("hypervisor") | {"_signal", "select", "time"},
     # After the hypervisor has gone.
-    "ended": ours("aftermath", "control", "process") | {"time"},
+    "ended": SERVICE | ours("aftermath", "control", "process") | {"time"},
 }
 # Loaded by the importing of extension modules and by `python -c`, whatever the code.
 MACHINERY = {"importlib", "importlib._bootstrap", "importlib._bootstrap_external"} | {
@@ -257,7 +260,7 @@ LISTING = (
         *("interpreter", "listing", "names", "paths", "process", "record", "source", "state"),
         "systemd",
     )
-    | {"grp", "pwd", "time"}
+    | {"time"}
 )
 HELP = ours(
     *("cli", "cli.classic", "cli.commands", "cli.entry", "cli.later", "errors", "frozen"),
@@ -268,9 +271,6 @@ COSTLY = {"re", "dataclasses", "subprocess", "json", "typing", "inspect", "enum"
 }
 
 FAKE_PYSTEMD = """
-class Reply:
-    body = b"/a/path"
-
 class DBusAddress:
     def __init__(self, address, peer_to_peer=False):
         pass
@@ -281,20 +281,27 @@ class DBusAddress:
     def close(self):
         pass
 
-    def call_method(self, *arguments):
-        return Reply
-
-    def get_property(self, destination, path, interface, name, signature):
-        return {b"User": USER, b"Group": b"", b"DynamicUser": False,
-                b"TimeoutStartUSec": 90000000}[name]
-
 def apply_signature(signature, values):
     return []
 """
+# What systemd says of the VM's service.
+SAYS = {
+    ("Service", "User"): ("s", str(os.getuid())),
+    ("Service", "Group"): ("s", ""),
+    ("Service", "DynamicUser"): ("b", 0),
+    ("Service", "TimeoutStartUSec"): ("t", 90_000_000),
+    ("Service", "Restart"): ("s", "always"),
+    ("Service", "MainPID"): ("u", 0),
+    ("Service", "ExecMainStartTimestampMonotonic"): ("t", 1_000_000),
+    ("Service", "ExecMainExitTimestampMonotonic"): ("t", 3_000_000),
+    ("Unit", "ActiveEnterTimestampMonotonic"): ("t", 2_000_000),
+    ("Unit", "ActiveState"): ("s", "inactive"),
+    ("Unit", "Job"): ("(uo)", (0, "/")),
+}
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
+def root(tmp_path: Path) -> Iterator[Path]:
     """A host with the VM `web`, whose package has all kinds of files and nothing in them."""
     package, state = tmp_path / "package", tmp_path / "var/lib/microvms/web"
     for directory in (package / "bin", package / "share/microvm/virtiofs", state):
@@ -313,18 +320,17 @@ def root(tmp_path: Path) -> Path:
     (tmp_path / "usr/libexec/virtiofsd").write_text("")
     (tmp_path / "usr/libexec/virtiofsd").chmod(0o755)
     (tmp_path / "lib/pystemd").mkdir(parents=True)
-    (tmp_path / "lib/pystemd/dbuslib.py").write_text(
-        FAKE_PYSTEMD.replace("USER", repr(str(os.getuid()).encode()))
-    )
-    # A host that has no jobs.
+    (tmp_path / "lib/pystemd/dbuslib.py").write_text(FAKE_PYSTEMD)
+    # A host that runs nothing.
     (tmp_path / "programs").mkdir()
-    (tmp_path / "programs/systemctl").write_text(
-        "#!/bin/sh\necho Restart=always\necho ActiveState=inactive\n"
-    )
+    (tmp_path / "programs/systemctl").write_text("#!/bin/sh\necho ActiveState=inactive\n")
     (tmp_path / "programs/systemctl").chmod(0o755)
     # Costly, as the real one is: nobody is to load it.
     (tmp_path / "lib/pystemd/__init__.py").write_text("import dataclasses, json\n")
-    return tmp_path
+    systemd = FakeSystemd(tmp_path / "run/systemd/private")
+    systemd.properties.update(SAYS)
+    yield tmp_path
+    systemd.close()
 
 
 def test_budget_names_each_verb_of_a_start_and_a_stop() -> None:

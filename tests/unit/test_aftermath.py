@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from microvm_host import aftermath, log, names, process
+from microvm_host import aftermath, log, names, process, service
 from microvm_host.aftermath import End
 from microvm_host.errors import MicrovmHostError
 from microvm_host.record import Record
@@ -23,7 +23,7 @@ FAILED = End("exit-code", "exited", "3", "qemu")
 
 
 class FakeSystemd:
-    """Answers `systemctl list-jobs` and `systemctl show`; keeps what else it is told."""
+    """Tells of the VM's service, and of whether it runs; keeps what else it is told."""
 
     def __init__(self) -> None:
         self.job = ""
@@ -34,26 +34,32 @@ class FakeSystemd:
         self.told: list[list[str]] = []
 
     def output(self, argv: list[str]) -> str:
-        if argv[1] == "list-jobs":
-            others = " 7 microvm-set-booted@web.service stop waiting\n"
-            return others + (f"419 microvm@web.service {self.job}\n" if self.job else "")
         if argv[1] == "show" and "--value" in argv:
             return f"{self.active}\n\ninactive\n"
-        if argv[1] == "show":
-            active = 2_000_000 if self.became_active else 900_000
-            return (
-                f"Restart={self.restart}\nActiveEnterTimestampMonotonic={active}\n"
-                "ExecMainStartTimestampMonotonic=1000000\n"
-                f"ExecMainExitTimestampMonotonic={2_000_000 + int(self.ran * 1e6)}\n"
-            )
         self.told.append(argv)
         return ""
+
+    def pending_job(self, name: str) -> tuple[str, ...] | None:
+        assert name == "web"
+        return tuple(self.job.split()) or None
+
+    def properties(self, name: str, *wanted: tuple[str, str]) -> list[str | int]:
+        assert name == "web"
+        found: dict[str, str | int] = {
+            "Restart": self.restart,
+            "ActiveEnterTimestampMonotonic": 2_000_000 if self.became_active else 900_000,
+            "ExecMainStartTimestampMonotonic": 1_000_000,
+            "ExecMainExitTimestampMonotonic": 2_000_000 + int(self.ran * 1e6),
+        }
+        return [found[each] for _, each in wanted]
 
 
 @pytest.fixture
 def systemd(monkeypatch: pytest.MonkeyPatch) -> FakeSystemd:
     fake = FakeSystemd()
     monkeypatch.setattr(process, "output", fake.output)
+    monkeypatch.setattr(service, "pending_job", fake.pending_job)
+    monkeypatch.setattr(service, "properties", fake.properties)
     return fake
 
 

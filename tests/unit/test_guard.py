@@ -29,19 +29,22 @@ def killed(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return argvs
 
 
-def states(*states: str, pid: int = 0) -> Callable[[], dict[str, str]]:
+def states(*states: str, pid: int = 0) -> Callable[[], guard.Seen]:
     """Gives one state after the other."""
     left = list(states)
-    return lambda: {"ActiveState": left.pop(0), "MainPID": str(pid), "Job": "12"}
+    return lambda: (left.pop(0), True, pid)
+
+
+def within(seconds: float) -> Callable[[], float]:
+    return lambda: seconds
 
 
 @pytest.mark.parametrize(
     ("environment", "seconds"),
     [
         ("", 90),
-        ("A=b MICROVM_SHUTDOWN_SECONDS=2.5", 2.5),
-        ('"MICROVM_SHUTDOWN_SECONDS=300"', 300),
-        ("MICROVM_SHUTDOWN_SECONDS=1 MICROVM_SHUTDOWN_SECONDS=2", 2),
+        ("A=b\nMICROVM_SHUTDOWN_SECONDS=2.5", 2.5),
+        ("MICROVM_SHUTDOWN_SECONDS=1\nMICROVM_SHUTDOWN_SECONDS=2", 2),
         ("MICROVM_SHUTDOWN_SECONDS=soon", 90),
         ("XMICROVM_SHUTDOWN_SECONDS=1", 90),
         # What the stop itself would not take either: it must not be watched over for ever.
@@ -50,7 +53,7 @@ def states(*states: str, pid: int = 0) -> Callable[[], dict[str, str]]:
 )
 def test_patience(environment: str, seconds: float) -> None:
     defaults = {"MICROVM_SHUTDOWN_SECONDS": 90.0}
-    assert guard.patience(environment, defaults, helper._as_seconds) == seconds
+    assert guard.patience(environment.splitlines(), defaults, helper._as_seconds) == seconds
 
 
 @pytest.mark.parametrize(
@@ -71,15 +74,18 @@ def test_patience(environment: str, seconds: float) -> None:
 )
 def test_it_goes_when_the_vm_has_stopped(seen: tuple[str, ...], killed: list[list[str]]) -> None:
     look = states(*seen)
-    guard.watch("web", 60, look)
+    guard.watch("web", within(60), look)
     # Not before: all that there was to see was seen.
     with pytest.raises(IndexError):
         look()
     assert killed == []
 
 
-def test_it_kills_what_does_not_stop(killed: list[list[str]]) -> None:
-    guard.watch("web", -1, states("deactivating", "deactivating", "failed"))
+def test_it_kills_what_does_not_stop(
+    killed: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "NEVER_TOO_SOON", -1)
+    guard.watch("web", within(-1), states("deactivating", "deactivating", "failed"))
     assert killed == [["systemctl", "kill", "--signal=KILL", "--", UNIT]] * 2
 
 
@@ -87,23 +93,32 @@ def test_it_does_not_kill_what_was_not_told_to_stop(
     killed: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(guard, "BEGINS_WITHIN", 0.05)
-    guard.watch("web", -1, lambda: {"ActiveState": "active", "MainPID": "0", "Job": "12"})
+    guard.watch("web", within(-1), lambda: ("active", True, 0))
     # It ended by itself, and waits to be started again.
-    guard.watch("web", -1, lambda: {"ActiveState": "activating", "MainPID": "0"})
+    guard.watch("web", within(-1), lambda: ("activating", False, 0))
     assert killed == []
 
 
-@pytest.mark.parametrize("pid", [None, "", "x", "9" * 19, "9" * 5000])
-def test_it_goes_on_without_a_main_process(killed: list[list[str]], pid: str | None) -> None:
-    main = {} if pid is None else {"MainPID": pid}
-    found = iter(("deactivating", "deactivating", "inactive"))
-    guard.watch("web", 60, lambda: {"ActiveState": next(found), **main})
+@pytest.mark.parametrize("pid", [0, 2**22 + 1, 2**32 - 1])
+def test_it_goes_on_without_a_main_process(killed: list[list[str]], pid: int) -> None:
+    guard.watch("web", within(60), states("deactivating", "deactivating", "inactive", pid=pid))
+    assert killed == []
+
+
+def test_it_asks_for_no_patience_that_it_does_not_need(killed: list[list[str]]) -> None:
+    def never() -> float:
+        raise AssertionError
+
+    guard.watch("web", never, states("deactivating", "deactivating", "inactive"))
     assert killed == []
 
 
 def test_a_systemd_that_does_not_tell() -> None:
-    with pytest.raises(MicrovmHostError, match="does not tell the state of microvm@web"):
-        guard.watch("web", 60, dict)
+    def look() -> guard.Seen:
+        raise MicrovmHostError("systemd cannot be asked")
+
+    with pytest.raises(MicrovmHostError, match="cannot be asked"):
+        guard.watch("web", within(60), look)
 
 
 def test_it_sees_the_main_process_end_at_once(
@@ -112,5 +127,5 @@ def test_it_sees_the_main_process_end_at_once(
     monkeypatch.setattr(guard, "LOOK_EVERY", 20)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     with subprocess.Popen(["sleep", "0.2"]) as child:
-        guard.watch("web", 60, states("deactivating", "inactive", pid=child.pid))
+        guard.watch("web", within(60), states("deactivating", "inactive", pid=child.pid))
     assert killed == []

@@ -12,7 +12,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from microvm_host import helper, hypervisor, links, pci, shares, state, systemd, trust
+from microvm_host import helper, hypervisor, links, pci, service, shares, state, systemd, trust
 from microvm_host.errors import MicrovmHostError
 from microvm_host.identity import Identity
 from microvm_host.paths import HostPaths
@@ -26,7 +26,7 @@ from .sysfs_trees import Kernel, Sysfs
 def made_up_host(host: HostPaths, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MICROVM_HOST_ROOT", host.root)
     ours = Identity("me", os.getuid(), "us", os.getgid())
-    monkeypatch.setattr(systemd, "identity", lambda name: ours)
+    monkeypatch.setattr(service, "identity", lambda name: ours)
     monkeypatch.setattr(os, "fchown", lambda *_: None)
     monkeypatch.setattr(state, "check_current", lambda name, host: None)
     # The package is whose who runs the tests is.
@@ -109,7 +109,7 @@ def test_how_a_guest_may_be_waited_for(
     lines: list[list[str]],
     timeout: float | None,
 ) -> None:
-    monkeypatch.setattr(systemd, "start_timeout", lambda name: timeout)
+    monkeypatch.setattr(service, "start_timeout", lambda name: timeout)
     for name, value in files.items():
         packages.put(web, f"share/microvm/{name}", f"{value}\n")
     assert run("set-booted", "web") == 0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from microvm_host import install, source, state, systemd
+from microvm_host import install, service, source, state
 from microvm_host.errors import MicrovmHostError, PackageError, UsageError
 from microvm_host.identity import Identity
 from microvm_host.paths import HostPaths
@@ -37,7 +37,7 @@ FLAKE = Source("flake", "/etc/nixos")
 def without_root(monkeypatch: pytest.MonkeyPatch) -> None:
     """systemd is not asked, and owners that only root can give are not given."""
     ours = Identity("me", os.getuid(), "us", os.getgid())
-    monkeypatch.setattr(systemd, "identity", lambda name: ours)
+    monkeypatch.setattr(service, "identity", lambda name: ours)
     monkeypatch.setattr(os, "fchown", lambda *_: None)
     monkeypatch.setattr(source, "_is_roots_file", lambda status: True)
     monkeypatch.setattr(state, "_is_roots", lambda status: True)

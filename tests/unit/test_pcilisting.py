@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from microvm_host import pci, pcilisting, systemd
+from microvm_host import pci, pcilisting, service, systemd
 from microvm_host.cli import commands
 from microvm_host.cli import pci as cli_pci
 from microvm_host.identity import Identity
@@ -48,7 +48,7 @@ def as_root(host: HostPaths, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commands, "HOST", host)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     me = Identity("microvm", os.getuid(), "kvm", os.getgid())
-    monkeypatch.setattr(systemd, "identity", lambda name: me)
+    monkeypatch.setattr(service, "identity", lambda name: me)
     monkeypatch.setattr(systemd, "states", lambda *units: {})
 
 

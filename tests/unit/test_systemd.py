@@ -68,30 +68,6 @@ def test_jobs(calls: Callable[[], list[str]], root: Path) -> None:
     assert systemd.jobs("microvm@*.service") == set()
 
 
-@pytest.mark.parametrize(
-    ("microseconds", "seconds"), [(150_000_000, 150.0), (1_500_000, 1.5), (2**64 - 1, None)]
-)
-def test_start_timeout(
-    monkeypatch: pytest.MonkeyPatch, microseconds: int, seconds: float | None
-) -> None:
-    asked: list[object] = []
-
-    class Connection:
-        def __init__(self, path: str) -> None:
-            pass
-
-        def service_properties(self, *what: object) -> list[int]:
-            asked.extend(what)
-            return [microseconds]
-
-        def close(self) -> None:
-            asked.append("closed")
-
-    monkeypatch.setattr(systemd, "Connection", Connection)
-    assert systemd.start_timeout("web") == seconds
-    assert asked == ["microvm@web.service", ("TimeoutStartUSec", "t"), "closed"]
-
-
 def test_stop(calls: Callable[[], list[str]]) -> None:
     systemd.stop(["microvm@web.service", "microvm@db.service"])
     assert calls()[1:] == ["stop -- microvm@web.service"]

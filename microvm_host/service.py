@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: MIT
+"""What systemd says of a VM's own service, to root: whom it runs as, its times, what it waits for.
+
+Asked at each start and stop, and therefore over `bus`.
+"""
+
+from __future__ import annotations
+
+from . import bus, names
+from .errors import MicrovmHostError
+from .identity import Identity
+from .paths import HostPaths
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+# USEC_INFINITY, as systemd's properties have it.
+_INFINITY = 2**64 - 1
+
+
+def properties(name: str, *wanted: bus.Property) -> list[Any]:
+    """Properties of the service of a VM, as bus.properties gives them; raises MicrovmHostError."""
+    return bus.properties(_private_socket(), bus.unit(names.unit(name)), *wanted)
+
+
+def identity(name: str) -> Identity:
+    """Whom the hypervisor of a VM will run as, drop-ins of its unit included.
+
+    Raises:
+        MicrovmHostError: systemd does not answer, or the user or group does not exist.
+    """
+    import grp
+    import pwd
+
+    unit = names.unit(name)
+    user, group, is_dynamic = properties(
+        name, ("Service", "User"), ("Service", "Group"), ("Service", "DynamicUser")
+    )
+    if is_dynamic:
+        raise MicrovmHostError(
+            f"{unit} has DynamicUser=yes, so nobody knows yet who will own its devices",
+            hint="give it a User= that exists",
+        )
+    user = user or "root"
+    try:
+        account = pwd.getpwuid(int(user)) if user.isdigit() else pwd.getpwnam(user)
+    except KeyError as error:
+        raise MicrovmHostError(
+            f"{unit} runs as user {user!r}, who does not exist",
+            hint="create the user, or mend User= in the unit's drop-in",
+        ) from error
+    gid = account.pw_gid
+    try:
+        if group:
+            gid = int(group) if group.isdigit() else grp.getgrnam(group).gr_gid
+        group = grp.getgrgid(gid).gr_name
+    except KeyError as error:
+        raise MicrovmHostError(
+            f"{unit} runs as group {group or gid!r}, which does not exist",
+            hint="create the group, or mend Group= in the unit's drop-in",
+        ) from error
+    return Identity(account.pw_name, account.pw_uid, group, gid)
+
+
+def start_timeout(name: str) -> float | None:
+    """Seconds until systemd gives up the start of a VM (TimeoutStartSec=); None is never.
+
+    Raises:
+        MicrovmHostError: systemd does not answer.
+    """
+    (microseconds,) = properties(name, ("Service", "TimeoutStartUSec"))
+    return None if microseconds == _INFINITY else int(microseconds) / 1e6
+
+
+def pending_job(name: str) -> tuple[str, str] | None:
+    """Type (`stop`, `start`, …) and state (`waiting`, `running`) of the job that a VM has.
+
+    Raises:
+        MicrovmHostError: systemd does not answer.
+    """
+    ((number, job),) = properties(name, ("Unit", "Job"))
+    if not number:
+        return None
+    try:
+        kind, state = bus.properties(_private_socket(), job, ("Job", "JobType"), ("Job", "State"))
+    except bus.Refused as error:
+        if error.is_gone:
+            # It has come to its end meanwhile.
+            return None
+        raise
+    return kind, state
+
+
+def _private_socket() -> str:
+    return HostPaths.from_environment().systemd_private_socket

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: MIT
+"""What is asked of a VM's service, and how the answers are read; systemd is a stand-in."""
+
+from __future__ import annotations
+
+import grp
+import os
+import pwd
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from microvm_host import service
+from microvm_host.errors import MicrovmHostError
+from microvm_host.identity import Identity
+
+from .fake_systemd import FakeSystemd
+
+UNIT = "/org/freedesktop/systemd1/unit/microvm_40web_2eservice"
+JOB = "/org/freedesktop/systemd1/job/7"
+ME = pwd.getpwuid(os.getuid())
+MINE = grp.getgrgid(ME.pw_gid)
+
+
+@pytest.fixture
+def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeSystemd]:
+    monkeypatch.setenv("MICROVM_HOST_ROOT", str(tmp_path))
+    fake = FakeSystemd(tmp_path / "run/systemd/private")
+    yield fake
+    fake.close()
+
+
+def runs_as(systemd: FakeSystemd, user: str, group: str, *, is_dynamic: bool = False) -> None:
+    systemd.properties |= {
+        ("Service", "User"): ("s", user),
+        ("Service", "Group"): ("s", group),
+        ("Service", "DynamicUser"): ("b", int(is_dynamic)),
+    }
+
+
+@pytest.mark.parametrize("user", [ME.pw_name, str(ME.pw_uid)])
+@pytest.mark.parametrize("group", ["", MINE.gr_name, str(MINE.gr_gid)])
+def test_identity(systemd: FakeSystemd, user: str, group: str) -> None:
+    runs_as(systemd, user, group)
+    found = Identity(ME.pw_name, ME.pw_uid, MINE.gr_name, MINE.gr_gid)
+    assert service.identity("web") == found
+    assert {path for path, _, _ in systemd.asked} == {UNIT}
+
+
+def test_no_user_is_root(systemd: FakeSystemd) -> None:
+    runs_as(systemd, "", "")
+    assert service.identity("web") == Identity("root", 0, "root", 0)
+
+
+@pytest.mark.parametrize(
+    ("user", "group", "is_dynamic", "message"),
+    [
+        (
+            "nobody-of-that-name",
+            "",
+            False,
+            "runs as user 'nobody-of-that-name', who does not exist",
+        ),
+        ("root", "no-such-group", False, "runs as group 'no-such-group', which does not exist"),
+        ("root", "", True, "has DynamicUser=yes"),
+    ],
+)
+def test_nobody(
+    systemd: FakeSystemd, user: str, group: str, message: str, *, is_dynamic: bool
+) -> None:
+    runs_as(systemd, user, group, is_dynamic=is_dynamic)
+    with pytest.raises(MicrovmHostError, match=message):
+        service.identity("web")
+
+
+@pytest.mark.parametrize(
+    ("microseconds", "seconds"), [(150_000_000, 150.0), (1_500_000, 1.5), (2**64 - 1, None)]
+)
+def test_start_timeout(systemd: FakeSystemd, microseconds: int, seconds: float | None) -> None:
+    systemd.properties["Service", "TimeoutStartUSec"] = ("t", microseconds)
+    assert service.start_timeout("web") == seconds
+
+
+def test_pending_job(systemd: FakeSystemd) -> None:
+    systemd.properties |= {
+        ("Unit", "Job"): ("(uo)", (7, JOB)),
+        ("Job", "JobType"): ("s", "stop"),
+        ("Job", "State"): ("s", "running"),
+    }
+    assert service.pending_job("web") == ("stop", "running")
+    assert [path for path, _, _ in systemd.asked] == [UNIT, JOB, JOB]
+    # One that came to its end between the two questions.
+    systemd.gone.add(JOB)
+    assert service.pending_job("web") is None
+    systemd.properties["Unit", "Job"] = ("(uo)", (0, "/"))
+    assert service.pending_job("web") is None
+
+
+def test_pending_job_of_a_systemd_that_does_not_tell(systemd: FakeSystemd) -> None:
+    systemd.properties["Unit", "Job"] = ("(uo)", (7, JOB))
+    with pytest.raises(MicrovmHostError, match="does not tell: no JobType"):
+        service.pending_job("web")
