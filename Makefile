@@ -132,7 +132,7 @@ check:
 	$(IN_TOOLS) $$tools/bin/ruff format --no-cache --check -q $(CODE)
 	$(IN_TOOLS) $$tools/bin/ruff check --no-cache -q $(CODE)
 	$(IN_TOOLS) $$tools/bin/mypy --cache-dir=$$tools/mypy-cache $(CODE)
-	$(IN_TOOLS) $(PYTEST) -q tests/unit tests/static
+	$(IN_TOOLS) $(PYTEST) -q -n auto tests/unit tests/static
 
 # FUZZ="package --runs 5000000 --seed 2" says which, how many and which others.
 fuzz:

@@ -137,7 +137,11 @@ class FakeSystemd:
             except OSError:
                 return
             with connection:
-                self._talk(connection)
+                try:
+                    self._talk(connection)
+                except OSError:
+                    # Who is refused one thing does not wait to hear of the next.
+                    pass
 
     def _talk(self, connection: socket.socket) -> None:
         hello = b""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from microvm_host import declaration, install, runner, source, state, store, systemd
+from microvm_host import declaration, install, runner, service, source, state, store
 from microvm_host.build import declared
 from microvm_host.build.tools import Blob, Tools
 from microvm_host.build.tree import Copy, File, Tree
@@ -27,7 +27,7 @@ DIGEST = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 def without_root(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """systemd is not asked, root's files are ours, and each host has a QEMU."""
     ours = Identity("me", os.getuid(), "us", os.getgid())
-    monkeypatch.setattr(systemd, "identity", lambda name: ours)
+    monkeypatch.setattr(service, "identity", lambda name: ours)
     monkeypatch.setattr(os, "fchown", lambda *_: None)
     monkeypatch.setattr(source, "_is_roots_file", lambda status: True)
     monkeypatch.setattr(state, "_is_roots", lambda status: True)
