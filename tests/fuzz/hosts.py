@@ -17,7 +17,6 @@ from microvm_host import (
     aftermath,
     bus,
     guard,
-    helper,
     machined,
     names,
     pcibus,
@@ -28,6 +27,7 @@ from microvm_host import (
 )
 from microvm_host.cli import pci as cli_pci
 from microvm_host.errors import MicrovmHostError
+from microvm_host.helper import settings
 from microvm_host.paths import HostPaths
 from microvm_host.pciids import Names
 from microvm_host.record import Record
@@ -126,8 +126,8 @@ HEAD = b"l\2\1\1\x10\0\0\0\1\0\0\0\x0f\0\0\0\5\1u\0\1\0\0\0\x08\1g\0\1v\0\0"
 def _guard(text: str) -> None:
     for line in text.splitlines()[:20]:
         for variable, default in TIMES.items():
-            patience = guard.patience(line.split(), {variable: default}, helper._as_seconds)
-            promise(0 < patience <= helper.SECONDS_MAX, f"waits for {patience} s")
+            patience = guard.patience(line.split(), {variable: default}, settings.as_seconds)
+            promise(0 < patience <= settings.SECONDS_MAX, f"waits for {patience} s")
     rounds = 0
     clock = SimpleNamespace(now=0.0)
     states = text.split()

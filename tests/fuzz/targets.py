@@ -30,7 +30,6 @@ from microvm_host import (
     control,
     declaration,
     generator,
-    helper,
     hypervisor,
     interfaces,
     links,
@@ -50,6 +49,7 @@ from microvm_host import (
     trust,
 )
 from microvm_host.errors import DeclarationError, MicrovmHostError, NameInvalid, PackageError
+from microvm_host.helper import booted, booting, ending, running
 from microvm_host.identity import Identity
 from microvm_host.paths import OPENED, HostPaths
 from microvm_host.record import Record
@@ -302,12 +302,12 @@ def _adopt(host: HostPaths) -> None:
 def _start_and_end(host: HostPaths) -> None:
     """What helpers do by the records of a start, which most inputs do not have."""
     for call in (
-        lambda: helper._identity(VM, host),
-        lambda: helper._listener(VM, host),
+        lambda: booted.identity(VM, host),
+        lambda: running._listener(VM, host),
         lambda: _wait_for_turn(Record(host.record(VM, "ends"))),
-        lambda: helper.stop(VM, host),
-        lambda: helper.ended(VM, host),
-        lambda: helper.unset_booted(VM, host),
+        lambda: running.stop(VM, host),
+        lambda: ending.ended(VM, host),
+        lambda: booting.unset_booted(VM, host),
     ):
         try:
             call()
@@ -399,7 +399,7 @@ def isolate() -> None:
         (hypervisor, "stop", lambda pid, ways, times: None),
         (readiness, "Listener", _listen),
         # With the rights that there are.
-        (helper, "_last_words", lambda path, identity: control.last_words(path)),
+        (ending, "_last_words", lambda path, identity: control.last_words(path)),
         (HostPaths, "net_device", _net_device),
         (log, "write", nothing),
         # Who runs this stands for root.

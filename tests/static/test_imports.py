@@ -210,40 +210,58 @@ GROUND = {
     "errno",
     *("os", "os.path", "posixpath", "genericpath", "stat", "_stat", "_collections_abc", "abc"),
 }
-ALWAYS = ours("errors", "frozen", "helper", "log", "names", "paths", "record") | GROUND
+ALWAYS = GROUND | ours(
+    *("errors", "frozen", "helper", "helper.entry", "helper.outcome", "log", "names", "paths"),
+    # By the modules of all verbs.
+    *("helper.booted", "record"),
+)
+BOOTING, SETUP = ours("helper.booting"), ours("helper.setup")
+RUNNING = ours("helper.running", "helper.settings")
+ENDING = ours("helper.ending", "helper.settings")
 READS = ours("runner")
-LINKS = ours("identity", "interfaces", "interpreter", "links", "nodes", "plan", "runner") | {
-    *ours("sysfs"),
-    *("_struct", "fcntl", "struct", "time"),
-}
+LINKS = (
+    SETUP
+    | ours("identity", "interfaces", "interpreter", "links", "nodes", "plan", "runner")
+    | {
+        *ours("sysfs"),
+        *("_struct", "fcntl", "struct", "time"),
+    }
+)
 SERVICE = ours("bus", "identity", "service")
 # `site` is what knows where the distribution's packages are; the rest stands for pystemd.
 SYSTEMD = ours("identity", "interpreter", "process", "systemd") | {
     *("_sitebuiltins", "site", "time"),
     *("pystemd.dbuslib",),
 }
-PCI = ours("hostuse", "identity", "interfaces", "nodes", "pci", "pcibus", "plan", "process") | {
-    *ours("runner", "sysfs"),
-    *("_struct", "fcntl", "struct", "time"),
-}
+PCI = (
+    SETUP
+    | ours("hostuse", "identity", "interfaces", "nodes", "pci", "pcibus", "plan", "process")
+    | {
+        *ours("runner", "sysfs"),
+        *("_struct", "fcntl", "struct", "time"),
+    }
+)
 BUDGET: dict[str, set[str]] = {
-    "set-booted": READS | SERVICE | ours("state", "trust") | {"grp", "pwd"},
-    "unset-booted": set(),
+    "set-booted": BOOTING | READS | SERVICE | ours("state", "trust") | {"grp", "pwd"},
+    "unset-booted": BOOTING,
     "tap-interfaces-up": LINKS,
     "tap-interfaces-down": LINKS,
     "macvtap-interfaces-up": LINKS,
     "macvtap-interfaces-down": LINKS,
     "pci-devices-up": PCI,
     "pci-devices-down": PCI,
-    "virtiofsd-up": READS | SYSTEMD | ours("plan", "shares", "trust"),
-    "virtiofsd-down": SYSTEMD | ours("plan", "shares", "trust"),
-    "start": ours("hypervisor") | {"_signal", "select", "time"},
+    "virtiofsd-up": SETUP | READS | SYSTEMD | ours("plan", "shares", "trust"),
+    "virtiofsd-down": SETUP | SYSTEMD | ours("plan", "shares", "trust"),
+    "start": RUNNING | ours("hypervisor") | {"_signal", "select", "time"},
     # After the start, and for those VMs alone that ask for it.
-    "register": READS | SYSTEMD | ours("machined"),
-    "guard": SERVICE | ours("guard", "hypervisor", "process") | {"_signal", "select", "time"},
-    "stop": ours("hypervisor") | {"_signal", "select", "time"},
+    "register": READS | SYSTEMD | ours("helper.besides", "machined"),
+    "guard": ENDING
+    | SERVICE
+    | ours("guard", "hypervisor", "process")
+    | {"_signal", "select", "time"},
+    "stop": RUNNING | ours("hypervisor") | {"_signal", "select", "time"},
     # After the hypervisor has gone.
-    "ended": SERVICE | ours("aftermath", "control", "process") | {"time"},
+    "ended": ENDING | SERVICE | ours("aftermath", "control", "process") | {"time"},
 }
 # Loaded by the importing of extension modules and by `python -c`, whatever the code.
 MACHINERY = {"importlib", "importlib._bootstrap", "importlib._bootstrap_external"} | {
@@ -334,12 +352,12 @@ def root(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_budget_names_each_verb_of_a_start_and_a_stop() -> None:
-    tree = ast.parse((PACKAGE / "helper.py").read_text())
+    tree = ast.parse((PACKAGE / "helper/entry.py").read_text())
     verbs = next(
         {ast.literal_eval(key) for key in node.value.keys if key is not None}
         for node in ast.walk(tree)
-        if isinstance(node, ast.AnnAssign)
-        and ast.unparse(node.target) == "VERBS"
+        if isinstance(node, ast.Assign)
+        and ast.unparse(node.targets[0]) == "VERBS"
         and isinstance(node.value, ast.Dict)
     )
     # Bringing a package in is no part of a start; a build takes longer than any import.
@@ -349,13 +367,13 @@ def test_budget_names_each_verb_of_a_start_and_a_stop() -> None:
 def test_waiting_for_a_guest_imports_little(tmp_path: Path) -> None:
     found = loaded(
         f"{BASE}sys.path.insert(0, {str(REPOSITORY)!r})\n"
-        "import microvm_host.helper, microvm_host.readiness, microvm_host.supervised\n"
+        "import microvm_host.helper.running, microvm_host.readiness, microvm_host.supervised\n"
         f"loaded = list(sys.modules)\n{REPORT}",
         tmp_path,
     )
     assert not found & COSTLY
     needed = ours("readiness", "supervised") | {"_signal", "select", "time"}
-    assert found <= ALWAYS | needed | MACHINERY
+    assert found <= ALWAYS | RUNNING | needed | MACHINERY
 
 
 @pytest.mark.parametrize("declares", ['runner = "/a/package"\nautostart = true\norder = 3\n', None])
@@ -417,10 +435,10 @@ def roots(real):
         return os.stat_result(status)
     return told
 os.lstat, os.stat = roots(os.lstat), roots(os.stat)
-from microvm_host import helper
+from microvm_host.helper import entry
 code = 0
 try:
-    code = helper.main(["helper", {verb!r}, "web"])
+    code = entry.main(["helper", {verb!r}, "web"])
 except Became:
     pass
 loaded = list(sys.modules)

@@ -161,7 +161,7 @@ def test_registration_is_in_nobodys_way() -> None:
 
 
 def test_verbs_are_the_helpers() -> None:
-    from microvm_host.helper import SHARE_VERBS, VERBS
+    from microvm_host.helper.entry import SHARE_VERBS, VERBS
 
     used = {
         line.split()[1]

@@ -435,9 +435,9 @@ def test_telling_systemd_of_another_main_process(arena: Arena) -> None:
 @pytest.fixture
 def impatient(arena: Arena) -> Iterator[None]:
     """All patience of a stop in seconds, not minutes."""
-    file = "/usr/local/lib/microvm-host/microvm_host/helper.py"
+    file = "/usr/local/lib/microvm-host/microvm_host/helper/ending.py"
     arena.toolkit.sh(
-        f"cp {file} /tmp/helper.py; sed -i 's/^GUARD_WAITS = .*/GUARD_WAITS = 3.0/' {file}"
+        f"cp {file} /tmp/ending.py; sed -i 's/^GUARD_WAITS = .*/GUARD_WAITS = 3.0/' {file}"
     )
     arena.toolkit.host.write(
         f"/etc/systemd/system/microvm@{arena.vm}.service.d/quick.conf",
@@ -446,7 +446,7 @@ def impatient(arena: Arena) -> Iterator[None]:
     arena.toolkit.systemctl("daemon-reload")
     yield
     # In one step: the last helper of the stop may just be reading it.
-    arena.toolkit.sh(f"mv /tmp/helper.py {file}")
+    arena.toolkit.sh(f"mv /tmp/ending.py {file}")
 
 
 @pytest.mark.usefixtures("impatient")

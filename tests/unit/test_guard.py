@@ -9,8 +9,9 @@ from collections.abc import Callable
 
 import pytest
 
-from microvm_host import guard, helper, process
+from microvm_host import guard, process
 from microvm_host.errors import MicrovmHostError
+from microvm_host.helper import settings
 
 UNIT = "microvm@web.service"
 
@@ -53,7 +54,7 @@ def within(seconds: float) -> Callable[[], float]:
 )
 def test_patience(environment: str, seconds: float) -> None:
     defaults = {"MICROVM_SHUTDOWN_SECONDS": 90.0}
-    assert guard.patience(environment.splitlines(), defaults, helper._as_seconds) == seconds
+    assert guard.patience(environment.splitlines(), defaults, settings.as_seconds) == seconds
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from microvm_host import helper, hypervisor, links, pci, service, shares, state, systemd, trust
+from microvm_host import hypervisor, links, pci, service, shares, state, systemd, trust
 from microvm_host.errors import MicrovmHostError
+from microvm_host.helper import entry, running, settings, setup
 from microvm_host.identity import Identity
 from microvm_host.paths import HostPaths
 from microvm_host.record import Record
@@ -42,7 +43,7 @@ def web(host: HostPaths) -> Path:
 
 
 def run(*arguments: str) -> int:
-    return helper.main(["helper", *arguments])
+    return entry.main(["helper", *arguments])
 
 
 @pytest.mark.parametrize(
@@ -253,12 +254,12 @@ def test_times_that_are_none(
     text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("X", text)
-    assert helper._seconds("X", 7.5) == 7.5
+    assert settings.seconds("X", 7.5) == 7.5
     assert capsys.readouterr().err == f"X={text!r} is no time in seconds: 7.5 it is\n"
     monkeypatch.setenv("X", "0.25")
-    assert helper._seconds("X", 7.5) == 0.25
+    assert settings.seconds("X", 7.5) == 0.25
     monkeypatch.delenv("X")
-    assert helper._seconds("X", 7.5) == 7.5
+    assert settings.seconds("X", 7.5) == 7.5
 
 
 @pytest.mark.parametrize("text", ["many", "-1", "1.5", "1e9", "\u0663", "9" * 12])
@@ -266,10 +267,10 @@ def test_numbers_that_are_none(
     text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("X", text)
-    assert helper._number("X", 7) == 7
+    assert settings.number("X", 7) == 7
     assert capsys.readouterr().err == f"X={text!r} is no number: 7 it is\n"
     monkeypatch.setenv("X", "0")
-    assert helper._number("X", 7) == 0
+    assert settings.number("X", 7) == 0
 
 
 @pytest.mark.parametrize(
@@ -289,7 +290,7 @@ def test_failures(
     def fail(name: str, host: HostPaths) -> None:
         raise raised
 
-    monkeypatch.setitem(helper.VERBS, "start", fail)
+    monkeypatch.setattr(running, "start", fail)
     assert run("start", "web") == code
     assert capsys.readouterr().err == text
 
@@ -300,7 +301,7 @@ def test_mistakes_of_ours_are_told_line_by_line(
     def fail(name: str, host: HostPaths) -> None:
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setitem(helper.VERBS, "start", fail)
+    monkeypatch.setattr(running, "start", fail)
     assert run("start", "web") == 1
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("Traceback")
@@ -582,7 +583,7 @@ def test_device_that_is_taken_again_meanwhile(
 def test_device_that_is_not_given_back_in_time(
     shared: Cards, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(helper, "HOLDER_GIVES_BACK_WITHIN", 0.0)
+    monkeypatch.setattr(setup, "HOLDER_GIVES_BACK_WITHIN", 0.0)
     Units(monkeypatch, (None, "deactivating"))
     assert run("pci-devices-up", "web") == 1
     assert "is in use by microVM db" in capsys.readouterr().err

@@ -18,8 +18,9 @@ from typing import Any
 
 import pytest
 
-from microvm_host import helper, log, machined, systemd
+from microvm_host import log, machined, systemd
 from microvm_host.errors import MicrovmHostError
+from microvm_host.helper import entry
 from microvm_host.machined import Machine
 from microvm_host.paths import HostPaths
 
@@ -300,14 +301,14 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> list[Machine]:
 
 
 def test_register(host: HostPaths, web: Path, registered: list[Machine]) -> None:
-    assert helper.main(["helper", "register", "web"]) == 0
+    assert entry.main(["helper", "register", "web"]) == 0
     uuid = machined.derived_uuid("web", host)
     assert registered == [Machine("web", uuid, "microvm@web.service", 77, (5, 6), 42)]
 
 
 def test_register_by_the_packages_uuid(web: Path, registered: list[Machine]) -> None:
     packages.put(web, "share/microvm/machine-uuid", UUID)
-    assert helper.main(["helper", "register", "web"]) == 0
+    assert entry.main(["helper", "register", "web"]) == 0
     assert registered[0].uuid == UUID
 
 
@@ -318,7 +319,7 @@ def test_nobody_to_register(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(systemd, "show", lambda *_: {"MainPID": "0"})
-    assert helper.main(["helper", "register", "web"]) == 0
+    assert entry.main(["helper", "register", "web"]) == 0
     assert registered == []
     assert capsys.readouterr().err == ""
 
@@ -343,7 +344,7 @@ def test_never_fatal(
         packages.put(web, "share/microvm/vsock-cid", "1")
     notices: list[str] = []
     monkeypatch.setattr(log, "notice", lambda text, *, vm: notices.append(f"{vm}: {text}"))
-    assert helper.main(["helper", "register", "web"]) == 0
+    assert entry.main(["helper", "register", "web"]) == 0
     assert len(notices) == 1
     assert notices[0].startswith("web: not registered with systemd-machined: ")
     assert capsys.readouterr().err == ""

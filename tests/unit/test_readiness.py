@@ -224,10 +224,20 @@ class Running:
             time.sleep(0.01)
 
     def connect(self) -> socket.socket:
-        guest = socket.socket(socket.AF_UNIX)
-        guest.settimeout(10)
-        guest.connect(str(self.path))
-        return guest
+        deadline = time.monotonic() + 5
+        while True:
+            guest = socket.socket(socket.AF_UNIX)
+            guest.settimeout(10)
+            try:
+                guest.connect(str(self.path))
+            except ConnectionRefusedError:
+                # The socket is there a moment before anybody listens on it.
+                guest.close()
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
+            else:
+                return guest
 
     def say(self, message: bytes) -> None:
         """As systemd does in a guest: send, close."""
@@ -600,8 +610,8 @@ def web(host: HostPaths) -> Path:
 def helper(host: HostPaths, systemd: str, **environment: str) -> subprocess.Popen[str]:
     code = (
         f"import sys; sys.path.insert(0, {str(REPOSITORY)!r})\n"
-        "from microvm_host import helper\n"
-        "sys.exit(helper.main(['helper', 'start', 'web']))\n"
+        "from microvm_host.helper import entry\n"
+        "sys.exit(entry.main(['helper', 'start', 'web']))\n"
     )
     return subprocess.Popen(
         [sys.executable, "-BIS", "-c", code],

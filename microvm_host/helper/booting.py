@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: MIT
+"""The first step and the last: a package becomes the booted one, and is that no more."""
+
+from __future__ import annotations
+
+import os
+
+from .. import log
+from ..record import Record, remove_sockets
+from . import booted
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ..paths import HostPaths
+    from ..runner import Package
+
+
+def set_booted(name: str, host: HostPaths) -> None:
+    """Check all of the package and make it the booted one: the rest of the start reads that."""
+    from .. import runner, service, state, trust
+
+    state.check_current(name, host)
+    package = runner.load(host.current(name))
+    identity = service.identity(name)
+    trust.check_package(package.path, identity)
+    if state.prepare(name, identity.gid, host):
+        log.notice(
+            f"the state directory is {identity.group}'s from now on; if disks in it are a former "
+            f"user's, `microvm adopt {name}` hands them over",
+            vm=name,
+        )
+    noted = booted.record(name, host)
+    noted.clear()
+    noted.append("user", identity.user, str(identity.uid), identity.group, str(identity.gid))
+    if package.hypervisor is not None:
+        noted.append("hypervisor", package.hypervisor)
+    if package.control_socket is not None:
+        noted.append("control", package.control_socket.protocol, package.control_socket.path)
+    if package.event_log is not None:
+        noted.append("event-log", package.event_log)
+    _note_readiness(package, noted, name)
+    state.link(host.booted(name), package.path)
+    log.status(f"checked {package.path}")
+
+
+def _note_readiness(package: Package, noted: Record, name: str) -> None:
+    """Note down how the VM may be waited for; those that cannot be pay nothing for it."""
+    socket = package.notify_socket
+    if socket is None:
+        return
+    from .. import service
+
+    noted.append("readiness", package.readiness)
+    if socket.path is not None:
+        noted.append("notify", "unix", socket.path)
+    else:
+        kind = "stream" if socket.is_stream else "seqpacket"
+        noted.append("notify", "vsock", str(socket.port), str(package.vsock_cid), kind)
+    seconds = service.start_timeout(name)
+    if seconds is not None:
+        noted.append("start-timeout", f"{seconds:.6f}")
+
+
+def unset_booted(name: str, host: HostPaths) -> None:
+    """Forget what ran."""
+    # A link in the directory's place leads to where nothing is ours; no start bears with it.
+    is_ours = not os.path.islink(host.vm(name))
+    if is_ours:
+        remove_sockets(booted.record(name, host), host.vm(name))
+    ends = Record(host.record(name, "ends"))
+    if os.path.exists(ends.path):
+        from .. import aftermath
+
+        aftermath.forget_unless_it_goes_on(name, ends)
+    Record(host.record(name, "lost-shares")).clear()
+    booted.record(name, host).clear()
+    # Last: what the VM's user has put in its place is not to keep the records.
+    try:
+        if is_ours:
+            os.unlink(host.booted(name))
+    except (FileNotFoundError, NotADirectoryError):
+        pass

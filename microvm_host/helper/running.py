@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: MIT
+"""The hypervisor: becoming it, waiting for its guest, and asking that to shut down."""
+
+from __future__ import annotations
+
+import os
+
+from .. import log, names
+from ..errors import MicrovmHostError
+from ..paths import MICROVM_RUN, MICROVM_SHUTDOWN
+from ..record import Record
+from . import booted, settings
+from .outcome import carried_out
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ..paths import HostPaths
+    from ..readiness import Listener
+
+
+def start(name: str, host: HostPaths) -> None:
+    """Become the hypervisor; runs as the VM's user."""
+    from .. import hypervisor
+
+    ends = Record(host.record(name, "ends"))
+    if os.path.exists(ends.path):
+        from .. import aftermath
+
+        first_delay = settings.seconds("MICROVM_RESTART_SECONDS", aftermath.FIRST_DELAY)
+        aftermath.wait_for_turn(ends, first_delay)
+    package = os.path.realpath(host.booted(name))
+    log.status(f"Starting {package}")
+    kind = "".join(booted.noted(name, host, "hypervisor")) or "the hypervisor"
+    running = f"Running {kind} from {package}"
+    program = f"{package}/{MICROVM_RUN}"
+    listener = _listener(name, host)
+    if listener is None:
+        hypervisor.become(program, running)
+    _run_until_ready(name, program, running, listener, host)
+
+
+def _listener(name: str, host: HostPaths) -> Listener | None:
+    """Listens for the guest to be ready, if that is to be waited for."""
+    wanted = os.environ.get("MICROVM_READINESS", "")
+    if wanted not in ("", "exec", "guest"):
+        raise MicrovmHostError(f"MICROVM_READINESS={wanted!r} is neither exec nor guest")
+    if not wanted:
+        wanted = "".join(booted.noted(name, host, "readiness"))
+    # In the foreground, nobody asks when it is ready.
+    if wanted != "guest" or not os.environ.get("NOTIFY_SOCKET"):
+        return None
+    from .. import readiness, record
+
+    match notify := booted.noted(name, host, "notify"):
+        case ["vsock", port, cid, kind] if names.is_number(port) and names.is_number(cid):
+            address = readiness.Address("", int(port), int(cid), kind == "stream")
+        case ["unix", path]:
+            address = readiness.Address(path)
+        case [_, *_]:
+            raise booted.record(name, host).strange(["notify", *notify])
+        case _:
+            raise MicrovmHostError(
+                "MICROVM_READINESS=guest, but the package gives the guest no vsock",
+                path=os.path.realpath(host.booted(name)),
+            )
+
+    def others() -> list[str]:
+        return [
+            vm
+            for vm in record.holders(host.records, "booted", ("notify", *notify[:2]))
+            if vm != name
+        ]
+
+    timeout = None
+    match booted.noted(name, host, "start-timeout"):
+        case [seconds] if names.is_number(seconds.replace(".", "", 1)):
+            timeout = float(seconds)
+        case [*fields] if fields:
+            raise booted.record(name, host).strange(["start-timeout", *fields])
+    return readiness.Listener(address, timeout=timeout, others=others)
+
+
+def _run_until_ready(
+    name: str, program: str, running: str, listener: Listener, host: HostPaths
+) -> None:
+    """Run the hypervisor, as the main process in its place until the guest is ready.
+
+    Who wants the VM stopped until then, or whose patience is over, tells the main process alone,
+    which then asks the guest.
+    """
+    from .. import hypervisor, readiness, supervised
+
+    asked = supervised.AskedToStop()
+    child = supervised.Supervised(
+        lambda: os._exit(carried_out(lambda: hypervisor.become(program, None), "start", name))
+    )
+    outcome = listener.run(child.fileno(), asked.fileno())
+    if outcome == readiness.ENDED:
+        child.end_alike()
+    if outcome == readiness.READY:
+        child.release()
+        readiness.announce(child.pid, running, listener.status)
+        # systemd has read this, so that whoever was asked before is this process.
+        if not asked:
+            return
+    # As for ExecStop=: scripts of packages use it.
+    os.environ["MAINPID"] = str(child.pid)
+    _shut_down(name, child.pid, host)
+    if outcome != readiness.READY:
+        child.end_alike()
+
+
+def stop(name: str, host: HostPaths) -> None:
+    """Ask the guest to shut down; runs as the VM's user."""
+    main_pid = os.environ.get("MAINPID", "")
+    # systemd.service(5): without a main process there is nobody to ask.
+    if main_pid:
+        _shut_down(name, int(main_pid), host)
+
+
+def _shut_down(name: str, main_pid: int, host: HostPaths) -> None:
+    from .. import hypervisor
+
+    ways: list[hypervisor.Way] = []
+    script = f"{os.path.realpath(host.booted(name))}/{MICROVM_SHUTDOWN}"
+    if os.path.exists(script):
+        ways.append(hypervisor.Script(script))
+    match control := booted.noted(name, host, "control"):
+        case [protocol, path]:
+            ways.append(hypervisor.Button(protocol, path))
+        case [_, *_]:
+            # Its end does not hang on that.
+            log.warning(str(booted.record(name, host).strange(["control", *control])))
+    default = hypervisor.Times()
+    times = hypervisor.Times(
+        guest=settings.seconds("MICROVM_SHUTDOWN_SECONDS", default.guest),
+        ask_again=settings.seconds("MICROVM_ASK_AGAIN_SECONDS", default.ask_again),
+        terminate=settings.seconds("MICROVM_TERMINATE_SECONDS", default.terminate),
+    )
+    hypervisor.stop(main_pid, ways, times)
