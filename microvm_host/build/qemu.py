@@ -8,24 +8,20 @@ of a macvtap) the script finds out by itself, and starts no process for the firs
 from __future__ import annotations
 
 from ..paths import MICROVM_BALLOON, MICROVM_RUN, MICROVM_SHUTDOWN
-from . import programs, shell, volumes
+from . import macvtaps, payload, programs, scripts, shell
 from .facts import facts, notify_socket
 from .refused import Refused
 from .shell import PACKAGE_VARIABLE, Variable, word
-from .tree import Copy, File, Tree
+from .tree import File, Tree
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ..declaration.guest import Device, Guest, Interface, Share, Volume
-    from .shell import Word
+    from .shell import Word, Words
     from .tools import Tools
-
-    Words = list[str | Word]
 
 # From then on, QEMU writes its events to a file with nobody listening (chardev file,input-path=).
 _EVENTS_SINCE = (8, 1)
-# The shell's own descriptors have one digit, and the first three are taken.
-_DESCRIPTORS = range(3, 10)
 # Transports of the microvm machine with ACPI (QEMU's hw/i386/microvm.c).
 _MMIO_MAX = 24
 # virtio-mem's block size on x86: a huge page.
@@ -59,12 +55,6 @@ _CLOCK = """\
 case $accel:$mhz in
     tcg:*[0-9].[0-9][0-9][0-9]) clock=" tsc_early_khz=${mhz%.*}${mhz#*.}" ;;
 esac"""
-# For `microvm show`: the command line as it would be now.
-_SHOW = """\
-if [ -n "${MICROVM_SHOW-}" ]; then
-    printf '%s\\n' "$@"
-    exit
-fi"""
 
 
 def build(guest: Guest, tools: Tools) -> Tree:
@@ -84,11 +74,7 @@ def build(guest: Guest, tools: Tools) -> Tree:
         control=(machine.control, "qmp"),
         event_log=machine.event_log,
     )
-    kernel = tools.blob(guest.kernel)
-    entries["lib/kernel"] = Copy(kernel.path, kernel.sha256, kernel.is_private)
-    if guest.initrd is not None:
-        initrd = tools.blob(guest.initrd)
-        entries["lib/initrd"] = Copy(initrd.path, initrd.sha256, initrd.is_private)
+    entries |= payload.files(guest, tools)
     entries[MICROVM_RUN] = File(machine.run_script(), 0o755)
     if machine.event_log is not None:
         entries["lib/qmp-hello"] = File(b'{"execute":"qmp_capabilities"}\n')
@@ -157,12 +143,7 @@ class _Machine:
                 )
         if not self._has_pcie:
             self._check_mmio()
-        if len(guest.macvtaps) > len(_DESCRIPTORS):
-            raise Refused(
-                ("interfaces",),
-                f"interfaces has {len(guest.macvtaps)} of type macvtap; {len(_DESCRIPTORS)} is "
-                "the most",
-            )
+        macvtaps.check(guest)
         for number, forward in enumerate(guest.forward_ports):
             if forward.source == "guest" and forward.proto == "udp":
                 raise Refused(
@@ -211,10 +192,10 @@ class _Machine:
             # A guest that reboots ends QEMU, and systemd starts it again.
             "-no-reboot",
             *("-uuid", guest.machine_id),
-            *("-kernel", word(PACKAGE_VARIABLE, "/lib/kernel")),
+            *("-kernel", payload.KERNEL),
         ]
         if guest.initrd is not None:
-            argv += ["-initrd", word(PACKAGE_VARIABLE, "/lib/initrd")]
+            argv += ["-initrd", payload.INITRD]
         argv += ["-append", self._append()]
         if guest.qemu.serial_console:
             argv += ["-chardev", "stdio,id=stdio,signal=off", "-serial", "chardev:stdio"]
@@ -234,7 +215,7 @@ class _Machine:
             argv += self._volume(number, volume)
         for number, share in enumerate(guest.shares):
             argv += self._share(number, share)
-        descriptors = self._descriptors()
+        descriptors = macvtaps.descriptors(guest, guest.vcpu)
         for number, interface in enumerate(guest.interfaces):
             argv += self._interface(number, interface, descriptors.get(interface.id, ()))
         for device in guest.pci_devices:
@@ -394,55 +375,33 @@ class _Machine:
                 argv += ["-fw_cfg", f"name={_CREDENTIALS}/{credential},string={value}"]
         return argv
 
-    def _descriptors(self) -> dict[str, tuple[int, ...]]:
-        """The shell's descriptors for each macvtap, one for each queue."""
-        macvtaps = self._guest.macvtaps
-        queues = self._guest.vcpu
-        if queues * len(macvtaps) > len(_DESCRIPTORS):
-            queues = 1
-        first = _DESCRIPTORS[0]
-        return {
-            each.id: tuple(range(first + number * queues, first + (number + 1) * queues))
-            for number, each in enumerate(macvtaps)
-        }
-
     # ---- the scripts
 
     def run_script(self) -> bytes:
         vhost = any(each.is_tap and each.vhost is None for each in self._guest.interfaces)
-        opened = []
-        for interface, numbers in self._descriptors().items():
-            node = f'"$(cat /sys/class/net/{shell.quoted(interface)}/ifindex)"'
-            opened += [f"exec {number}<>/dev/tap{node}" for number in numbers]
-        return shell.script(
-            self._tools.shell,
-            shell.PACKAGE,
-            _PROBE.replace("@cpu@", _HOST_CPU),
-            _VHOST if vhost else "",
-            _CLOCK if self._type == "microvm" else "",
-            shell.assigned(self.argv()),
-            _SHOW,
-            volumes.creation(self._guest, self._tools),
-            "\n".join(opened),
-            'exec "$@"',
+        return scripts.run(
+            self._guest,
+            self._tools,
+            self.argv(),
+            looks=[
+                _PROBE.replace("@cpu@", _HOST_CPU),
+                _VHOST if vhost else "",
+                _CLOCK if self._type == "microvm" else "",
+            ],
+            last=[macvtaps.opened(macvtaps.descriptors(self._guest, self._guest.vcpu))],
         )
 
     def shutdown_script(self, socket: str) -> bytes:
-        quoted = shell.quoted(socket)
-        return shell.script(
-            self._tools.shell,
-            shell.PACKAGE,
-            "# Presses the power button, and waits until QEMU has gone or the input ends.\n"
-            f"[ -S {quoted} ] || exit 0\n"
-            f'exec "$package"/lib/qmp --wait {quoted} system_powerdown',
+        return scripts.shutdown(
+            self._tools,
+            socket,
+            f'"$package"/lib/qmp --wait {shell.quoted(socket)} system_powerdown',
+            "Presses the power button, and waits until QEMU has gone or the input ends.",
         )
 
     def balloon_script(self, socket: str) -> bytes:
-        return shell.script(
-            self._tools.shell,
-            shell.PACKAGE,
-            'case ${1-} in\n    "" | *[!0-9]*) echo "Usage: $0 SIZE-IN-MB" >&2 && exit 2 ;;\nesac',
-            f'exec "$package"/lib/qmp {shell.quoted(socket)} balloon "$1"',
+        return scripts.balloon(
+            self._tools, f'exec "$package"/lib/qmp {shell.quoted(socket)} balloon "$1"'
         )
 
 

@@ -12,6 +12,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    Words = list["str | Word"]
+
 
 @frozen
 class Variable:

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: MIT
+"""The guest's kernel and initial RAM disk in its package."""
+
+from __future__ import annotations
+
+from .shell import PACKAGE_VARIABLE, word
+from .tree import Copy
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ..declaration.guest import Guest
+    from .tools import Tools
+    from .tree import File, Link
+
+_KERNEL, _INITRD = "lib/kernel", "lib/initrd"
+# As words of a command line.
+KERNEL, INITRD = (word(PACKAGE_VARIABLE, f"/{path}") for path in (_KERNEL, _INITRD))
+
+
+def files(guest: Guest, tools: Tools) -> dict[str, File | Copy | Link]:
+    """Copies, so that a rollback does not need what the distribution has removed since."""
+    found: dict[str, File | Copy | Link] = {_KERNEL: _copy(guest.kernel, tools)}
+    if guest.initrd is not None:
+        found[_INITRD] = _copy(guest.initrd, tools)
+    return found
+
+
+def _copy(path: str, tools: Tools) -> Copy:
+    blob = tools.blob(path)
+    return Copy(blob.path, blob.sha256, blob.is_private)
