@@ -38,6 +38,9 @@ MICROVM_UNREGISTER = "bin/microvm-unregister"
 
 # Where device nodes are, on this host and in guests.
 DEVICES = "/dev"
+# What scripts of packages read, and hypervisors are told, of the host's devices.
+PCI_DEVICES = "/sys/bus/pci/devices"
+NET_DEVICES = "/sys/class/net"
 # What scripts of packages are run by: POSIX has it nowhere else.
 SHELL = "/bin/sh"
 # Where programs are that packages call, whatever the $PATH of who builds them.

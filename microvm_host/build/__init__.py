@@ -8,8 +8,7 @@ What the host does with a package is no business of this one's, which must not i
 
 from __future__ import annotations
 
-from . import qemu
-from .refused import Refused
+from . import alioth, cloud_hypervisor, crosvm, firecracker, kvmtool, qemu, stratovirt
 from .tools import Tools
 from .tree import Tree
 
@@ -19,7 +18,15 @@ if TYPE_CHECKING:
 
     from ..declaration.guest import Guest
 
-_BUILDERS: dict[str, Callable[[Guest, Tools], Tree]] = {"qemu": qemu.build}
+_BUILDERS: dict[str, Callable[[Guest, Tools], Tree]] = {
+    "qemu": qemu.build,
+    "cloud-hypervisor": cloud_hypervisor.build,
+    "firecracker": firecracker.build,
+    "crosvm": crosvm.build,
+    "kvmtool": kvmtool.build,
+    "stratovirt": stratovirt.build,
+    "alioth": alioth.build,
+}
 
 
 def build(guest: Guest, tools: Tools) -> Tree:
@@ -28,11 +35,4 @@ def build(guest: Guest, tools: Tools) -> Tree:
     Raises:
         Refused: its hypervisor cannot do all of it.
     """
-    builder = _BUILDERS.get(guest.hypervisor)
-    if builder is None:
-        raise Refused(
-            ("hypervisor",),
-            f"packages for {guest.hypervisor} are not yet built from declarations",
-            f"those for {', '.join(_BUILDERS)} are; others come by runner or flake",
-        )
-    return builder(guest, tools)
+    return _BUILDERS[guest.hypervisor](guest, tools)

@@ -34,6 +34,19 @@ def notify_socket(cid: int) -> str:
     return f"vsock:2:{notify_port(cid)}"
 
 
+# Of hypervisors that carry vsock themselves, by UNIX sockets of the state directory, where all VMs
+# may have the same port, and know streams alone: the hypervisor's own socket, and the guest's text.
+OWN_VSOCK = "notify.vsock"
+OWN_NOTIFY_SOCKET = "vsock-stream:2:8888"
+
+
+def notify_word(socket: str) -> str:
+    """A word of the kernel's command line by which the guest's systemd knows where to say that it
+    is ready (systemd(1), systemd.set_credential=), for machines that have no other way.
+    """
+    return f"systemd.set_credential=vmm.notify_socket:{socket}"
+
+
 def facts(
     guest: Guest,
     tools: Tools,
@@ -41,6 +54,7 @@ def facts(
     multi_queue: bool,
     control: tuple[str, str] | None = None,
     event_log: str | None = None,
+    has_own_vsock: bool = False,
 ) -> dict[str, File | Copy | Link]:
     """The files that tell the host of a guest, by their paths in the package.
 
@@ -48,6 +62,7 @@ def facts(
         multi_queue: whether the hypervisor opens several queues of each tap.
         control: socket and protocol of the hypervisor's, for the host alone.
         event_log: where the hypervisor writes what happens to the guest.
+        has_own_vsock: whether the hypervisor carries vsock by itself, not the host's kernel.
     """
     lines: dict[str, Sequence[str]] = {
         "hypervisor": [guest.hypervisor],
@@ -65,7 +80,9 @@ def facts(
         lines["vsock-cid"] = [str(guest.vsock_cid)]
         if guest.readiness == "guest":
             lines["readiness"] = ["guest"]
-            lines["notify-socket"] = [notify_socket(guest.vsock_cid)]
+            lines["notify-socket"] = [
+                OWN_NOTIFY_SOCKET if has_own_vsock else notify_socket(guest.vsock_cid)
+            ]
     if control is not None:
         lines["control-socket"], lines["control-protocol"] = [control[0]], [control[1]]
     if event_log is not None:

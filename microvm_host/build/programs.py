@@ -73,6 +73,48 @@ while sources:
 '''
 
 
+_API = '''\
+"""Asks a hypervisor one thing over its HTTP socket: api [--wait] SOCKET METHOD TARGET [JSON].
+
+With --wait, stays until the hypervisor has gone, or nothing comes on standard input any more.
+"""
+import select, socket, sys
+
+words = sys.argv[1:]
+wait = words[0] == "--wait"
+path, method, target, *rest = words[wait:]
+body = "".join(rest).encode()
+head = f"{method} {target} HTTP/1.1\\r\\nHost: localhost\\r\\nAccept: application/json\\r\\n"
+if body:
+    head += "Content-Type: application/json\\r\\n"
+vmm = socket.socket(socket.AF_UNIX)
+try:
+    vmm.settimeout(10)
+    vmm.connect(path)
+    vmm.sendall(f"{head}Content-Length: {len(body)}\\r\\n\\r\\n".encode() + body)
+    answer = vmm.makefile("rb")
+    status = answer.readline().decode().partition(" ")[2].strip()
+    length = 0
+    while line := answer.readline().strip():
+        name, _, value = line.partition(b":")
+        if name.lower() == b"content-length":
+            length = int(value)
+    said = answer.read(length).decode()
+    if not status.startswith("2"):
+        sys.exit(f"{path}: {method} {target}: {status or 'no answer'} {said}".strip())
+    if said:
+        print(said)
+    while wait:
+        ready, _, _ = select.select([vmm, sys.stdin], [], [])
+        if any(not each.recv(4096) if each is vmm else not each.buffer.read1() for each in ready):
+            break
+except OSError as error:
+    # One that went away on the way has done what it was asked for.
+    if not wait:
+        sys.exit(f"{path}: {error.strerror or error}")
+'''
+
+
 def qmp(python: str) -> bytes:
     """Says one thing to QEMU over a QMP socket."""
     return f"#!{python} -IS\n{_QMP}".encode()
@@ -81,3 +123,8 @@ def qmp(python: str) -> bytes:
 def connect(python: str) -> bytes:
     """Carries one connection of a guest to a port of the host (QEMU's guestfwd)."""
     return f"#!{python} -IS\n{_CONNECT}".encode()
+
+
+def api(python: str) -> bytes:
+    """Asks one thing over HTTP: cloud-hypervisor's and firecracker's API."""
+    return f"#!{python} -IS\n{_API}".encode()

@@ -8,7 +8,7 @@ of a macvtap) the script finds out by itself, and starts no process for the firs
 from __future__ import annotations
 
 from ..paths import MICROVM_BALLOON, MICROVM_RUN, MICROVM_SHUTDOWN
-from . import macvtaps, payload, programs, scripts, shell
+from . import limits, macvtaps, payload, programs, scripts, shell
 from .facts import facts, notify_socket
 from .refused import Refused
 from .shell import PACKAGE_VARIABLE, Variable, word
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from .shell import Word, Words
     from .tools import Tools
 
+_CANNOT: limits.Cannot = {
+    "initialBalloonMem": ("has a balloon that is empty at the start", "leave it out"),
+}
 # From then on, QEMU writes its events to a file with nobody listening (chardev file,input-path=).
 _EVENTS_SINCE = (8, 1)
 # Transports of the microvm machine with ACPI (QEMU's hw/i386/microvm.c).
@@ -122,10 +125,7 @@ class _Machine:
     def check(self) -> None:
         """Refuse what QEMU, or the machine, cannot do."""
         guest = self._guest
-        if guest.initial_balloon_mem:
-            raise Refused(
-                ("initialBalloonMem",), "initialBalloonMem: QEMU's balloon is empty at the start"
-            )
+        limits.check(guest, _CANNOT)
         if guest.hotplug_mem and self._type == "microvm":
             raise Refused(
                 ("hotplugMem",),

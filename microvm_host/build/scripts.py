@@ -25,6 +25,16 @@ case ${1-} in
 esac"""
 
 
+def stale(*sockets: str) -> str:
+    """The lines that remove sockets which a hypervisor that was killed has left."""
+    return "\n".join(
+        f"[ ! -S {path} ] || rm -f {path}"
+        for path in (
+            shell.quoted(f"./{each}" if each.startswith("-") else each) for each in sockets
+        )
+    )
+
+
 def run(
     guest: Guest,
     tools: Tools,

@@ -16,6 +16,7 @@ from .. import process
 from ..errors import MicrovmHostError
 from ..frozen import frozen
 from ..paths import PROGRAM_PLACES, QEMU_PLACES, SHELL
+from . import kernels
 from .refused import Refused
 
 TYPE_CHECKING = False
@@ -25,6 +26,17 @@ if TYPE_CHECKING:
 _MACHINES = {"x86_64": "x86_64", "amd64": "x86_64"}
 # QEMU's own program where a distribution has but one, without its name in it.
 _QEMU = ("qemu-system-x86_64", "qemu-kvm")
+# The program of each other hypervisor.
+PROGRAMS = {
+    "cloud-hypervisor": "cloud-hypervisor",
+    "firecracker": "firecracker",
+    "crosvm": "crosvm",
+    "kvmtool": "lkvm",
+    "stratovirt": "stratovirt",
+    "alioth": "alioth",
+}
+# Those whose options depend on their version.
+_VERSIONED = ("cloud-hypervisor", "firecracker")
 
 
 @frozen
@@ -34,6 +46,8 @@ class Blob:
     path: str
     sha256: str
     is_private: bool = False
+    # A kernel's, of `kernels`.
+    format: str = ""
 
 
 @frozen
@@ -44,6 +58,9 @@ class Tools:
     python: str = ""
     qemu: str | None = None
     qemu_version: tuple[int, int] = (0, 0)
+    # Any other hypervisor's; the version of one whose options do not depend on it is not known.
+    program: str | None = None
+    program_version: tuple[int, int] = (0, 0)
     # Each file system with the program that makes it.
     mkfs: tuple[tuple[str, str], ...] = ()
     blobs: tuple[Blob, ...] = ()
@@ -59,26 +76,43 @@ def find(guest: Guest) -> Tools:
         Refused: its kernel or initrd cannot be had.
         MicrovmHostError: a program says nothing sensible about itself.
     """
+    if _MACHINES.get(os.uname().machine) is None:
+        raise Refused(
+            ("hypervisor",),
+            f"packages are not yet built on {os.uname().machine}, only on x86_64",
+        )
     blobs = [_blob("kernel", guest.kernel)]
     if guest.initrd is not None:
         blobs.append(_blob("initrd", guest.initrd))
     kinds = sorted({volume.fs_type for volume in guest.volumes})
     made = ((kind, program(f"mkfs.{kind}")) for kind in kinds)
-    qemu = None
+    qemu = other = None
     if guest.hypervisor == "qemu":
-        if _MACHINES.get(os.uname().machine) is None:
-            raise Refused(
-                ("hypervisor",),
-                f"packages for QEMU are not yet built on {os.uname().machine}, only on x86_64",
-            )
         qemu = next(filter(None, (program(each, QEMU_PLACES) for each in _QEMU)), None)
+    else:
+        other = program(PROGRAMS[guest.hypervisor])
+    is_versioned = other is not None and guest.hypervisor in _VERSIONED
     return Tools(
         python=sys.executable,
         qemu=qemu,
         qemu_version=_version(qemu) if qemu else (0, 0),
+        program=other,
+        program_version=_version(other) if other and is_versioned else (0, 0),
         mkfs=tuple((kind, path) for kind, path in made if path),
         blobs=tuple(blobs),
     )
+
+
+def hypervisor(guest: Guest, tools: Tools) -> str:
+    """The path of a hypervisor that is not QEMU; raises Refused where there is none."""
+    if tools.program is None:
+        name = PROGRAMS[guest.hypervisor]
+        raise Refused(
+            ("hypervisor",),
+            f"hypervisor = {guest.hypervisor!r}: this host has no {name}",
+            f"put it into one of {', '.join(PROGRAM_PLACES)}",
+        )
+    return tools.program
 
 
 def program(name: str, places: tuple[str, ...] = PROGRAM_PLACES) -> str | None:
@@ -104,16 +138,16 @@ def _blob(key: str, path: str) -> Blob:
         if not stat.S_ISREG(status.st_mode):
             raise Refused((key,), f"{key} {path!r} is no regular file")
         digest = file_digest(source, "sha256").hexdigest()
-    return Blob(path, digest, not status.st_mode & stat.S_IROTH)
+        kind = kernels.kind(source) if key == "kernel" else ""
+    return Blob(path, digest, not status.st_mode & stat.S_IROTH, kind)
 
 
-def _version(qemu: str) -> tuple[int, int]:
-    """`QEMU emulator version 7.2.22 (Debian …)` is (7, 2)."""
-    said = process.output([qemu, "--version"])
-    words = said.partition("version ")[2].split(".")
-    try:
-        return int(words[0]), int(words[1])
-    except (IndexError, ValueError) as error:
-        raise MicrovmHostError(
-            f"says no version that could be understood: {said[:80]!r}", path=qemu
-        ) from error
+def _version(path: str) -> tuple[int, int]:
+    """`QEMU emulator version 7.2.22 (Debian …)` is (7, 2), and `Firecracker v1.13.1` (1, 13)."""
+    said = process.output([path, "--version"])
+    for word in said.split():
+        major, _, rest = word.removeprefix("v").partition(".")
+        minor = rest[: len(rest) - len(rest.lstrip("0123456789"))]
+        if major.isdigit() and minor:
+            return int(major), int(minor)
+    raise MicrovmHostError(f"says no version that could be understood: {said[:80]!r}", path=path)

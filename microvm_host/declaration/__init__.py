@@ -46,7 +46,8 @@ GUEST_KEYS = (
     *("hypervisor", "kernel", "initrd", "kernelParams", "vcpu", "mem", "balloon", "deflateOnOOM"),
     *("initialBalloonMem", "hotplugMem", "hotpluggedMem", "cpu", "volumes", "interfaces"),
     *("forwardPorts", "shares", "devices", "vsock", "readiness", "socket", "machineId"),
-    *("registerWithMachined", "credentialFiles", "qemu"),
+    *("registerWithMachined", "credentialFiles", "qemu", "cloud-hypervisor", "crosvm"),
+    "firecracker",
 )
 
 

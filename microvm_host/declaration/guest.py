@@ -11,7 +11,7 @@ from .. import names, paths
 from ..errors import NameInvalid
 from ..frozen import frozen
 from . import claims, derived, name_of, of, read
-from .schema import GUEST
+from .schema import GUEST, OWN_TABLES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -144,6 +144,10 @@ class Guest:
     register_with_machined: bool = False
     credential_files: tuple[tuple[str, str], ...] = ()
     qemu: Qemu = Qemu()
+    # Further arguments that are one hypervisor's, beside QEMU's, by its name.
+    own_arguments: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    # cloud-hypervisor's.
+    oem_strings: tuple[str, ...] = ()
 
     @property
     def taps(self) -> tuple[Interface, ...]:
@@ -152,6 +156,11 @@ class Guest:
     @property
     def macvtaps(self) -> tuple[Interface, ...]:
         return tuple(each for each in self.interfaces if each.type == "macvtap")
+
+    @property
+    def extra_arguments(self) -> tuple[str, ...]:
+        """Those for the guest's own hypervisor, if that is not QEMU."""
+        return dict(self.own_arguments).get(self.hypervisor, ())
 
     @property
     def virtiofs(self) -> tuple[Share, ...]:
@@ -262,6 +271,8 @@ class _Reader:
                 extra_args=qemu["extraArgs"],
                 serial_console=qemu["serialConsole"],
             ),
+            own_arguments=tuple((each, found[each]["extraArgs"]) for each in OWN_TABLES),
+            oem_strings=found["cloud-hypervisor"]["platformOEMStrings"],
         )
 
     def _wrong(self, at: Path, message: str, hint: str = "") -> Exception:

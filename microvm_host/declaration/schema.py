@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 HYPERVISORS = (
     *("qemu", "cloud-hypervisor", "firecracker", "crosvm", "kvmtool", "stratovirt", "alioth"),
 )
+# Hypervisors that have a table of their own, as with microvm.nix; QEMU's has more in it.
+OWN_TABLES = ("cloud-hypervisor", "crosvm", "firecracker")
 _PORT = Number(1, 65535)
 # More than any host has, in MB.
 _MEMORY_MAX = 16 * 1024 * 1024
@@ -358,6 +360,28 @@ GUEST = Table(
             ),
             None,
             "For QEMU.",
+        ),
+        "cloud-hypervisor": Key(
+            Table(
+                {
+                    "extraArgs": Key(List(Text()), (), "Further arguments for cloud-hypervisor."),
+                    "platformOEMStrings": Key(
+                        List(Text()), (), "OEM strings of SMBIOS, which the guest can read."
+                    ),
+                }
+            ),
+            None,
+            "For cloud-hypervisor.",
+        ),
+        "crosvm": Key(
+            Table({"extraArgs": Key(List(Text()), (), "Further arguments for crosvm run.")}),
+            None,
+            "For crosvm.",
+        ),
+        "firecracker": Key(
+            Table({"extraArgs": Key(List(Text()), (), "Further arguments for firecracker.")}),
+            None,
+            "For firecracker.",
         ),
     }
 )

@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 
 from microvm_host import runner
-from microvm_host.build import declared
-from microvm_host.build.tools import Blob, Tools
+from microvm_host.build import declared, kernels
+from microvm_host.build.tools import PROGRAMS, Blob, Tools
 from microvm_host.build.tree import Copy, File, Link, Tree
 from microvm_host.declaration import claims
+from microvm_host.declaration import guest as guests
 from microvm_host.declaration.guest import Guest
 from microvm_host.errors import DeclarationError
 
@@ -27,20 +28,38 @@ from . import golden
 DIRECTORY = golden.DIRECTORY / "declarations"
 CASES = sorted(DIRECTORY.glob("*/*.toml"))
 RIGHT = [case for case in CASES if case.parent.name == "right"]
-# Programs whose text is the same in all packages; one case shows the rest of the script.
-WHOLE = "everything"
+# Programs whose text is the same in all packages; one case of each shows the rest of the scripts.
+WHOLE = ("everything", *(f"{name}-everything" for name in PROGRAMS))
+CONTROL = {"qemu": "qmp", "cloud-hypervisor": "cloud-hypervisor", "firecracker": "firecracker"}
+# By the file's name.
+FORMATS = {"vmlinux": kernels.PVH, "vmlinux-no-pvh": kernels.ELF, "strange": ""}
+VERSIONS = {"cloud-hypervisor": (53, 0), "firecracker": (1, 13)}
+OLD_VERSIONS = {
+    "cloud-hypervisor-too-old": (35, 1),
+    "cloud-hypervisor-38": (38, 0),
+    "cloud-hypervisor-38-bzimage": (38, 0),
+    "firecracker-mmio": (1, 12),
+}
 
 
 def tools(guest: Guest) -> Tools:
     """A host that has everything but btrfs's tools, unless a case is named for them."""
     kinds = ("ext4", "xfs", "vfat", *(["btrfs"] if guest.name == "volume-btrfs" else []))
-    paths = filter(None, (guest.kernel, guest.initrd))
+    blobs = [
+        Blob(guest.kernel, "0" * 64, False, FORMATS.get(Path(guest.kernel).name, kernels.BZIMAGE))
+    ]
+    if guest.initrd is not None:
+        blobs.append(Blob(guest.initrd, "0" * 64))
+    program = PROGRAMS.get(guest.hypervisor)
+    is_there = program and not guest.name.endswith("-missing")
     return Tools(
         python="/usr/bin/python3",
         qemu="/usr/bin/qemu-system-x86_64",
         qemu_version=(10, 0),
+        program=f"/usr/bin/{program}" if is_there else None,
+        program_version=OLD_VERSIONS.get(guest.name, VERSIONS.get(guest.hypervisor, (0, 0))),
         mkfs=tuple((kind, f"/usr/sbin/mkfs.{kind}") for kind in kinds),
-        blobs=tuple(Blob(path, "0" * 64) for path in paths),
+        blobs=tuple(blobs),
     )
 
 
@@ -60,7 +79,7 @@ def described(package: Tree, *, whole: bool) -> str:
                 command, _, rest = text.partition("\nset -- ")[2].partition("\nif [ -n ")
                 text = f"set -- {command}\n{rest.partition('fi')[2].strip()}\n"
                 text = text.replace('\nexec "$@"\n', "\n")
-            elif path.startswith(("lib/", "bin/")) and not whole:
+            elif path.startswith(("lib/", "bin/")) and not whole and not path.endswith(".json"):
                 text = ""
             lines.append(f"==== {path} {entry.mode:04o}\n{text}")
         elif isinstance(entry, Copy):
@@ -74,7 +93,7 @@ def described(package: Tree, *, whole: bool) -> str:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.parent.name}/{case.stem}")
 def test_is_the_golden_one(case: Path) -> None:
     try:
-        found = described(tree(case), whole=case.stem == WHOLE)
+        found = described(tree(case), whole=case.stem in WHOLE)
         assert case.parent.name != "wrong"
     except DeclarationError as error:
         assert case.parent.name != "right", error
@@ -105,9 +124,11 @@ def test_the_host_reads_it_and_the_shell_runs_it(case: Path, tmp_path: Path) -> 
     )
     package.write(str(tmp_path / "package"))
     loaded = runner.load(str(tmp_path / "package"))
-    assert loaded.hypervisor == "qemu"
-    assert loaded.control_socket is not None and loaded.control_socket.protocol == "qmp"
-    assert loaded.event_log is not None
+    guest, _ = guests.load(str(case))
+    assert loaded.hypervisor == guest.hypervisor
+    control = loaded.control_socket
+    assert (control.protocol if control else None) == CONTROL.get(guest.hypervisor)
+    assert (loaded.event_log is not None) == (guest.hypervisor == "qemu")
     assert all(share.options_given for share in loaded.shares)
     done = subprocess.run(
         [f"{loaded.path}/bin/microvm-run"],
@@ -118,7 +139,7 @@ def test_the_host_reads_it_and_the_shell_runs_it(case: Path, tmp_path: Path) -> 
     )
     assert (done.returncode, done.stderr) == (0, "")
     words = done.stdout.splitlines()
-    assert words[0] == "/usr/bin/qemu-system-x86_64"
+    assert words[0] == f"/usr/bin/{PROGRAMS.get(guest.hypervisor, 'qemu-system-x86_64')}"
     # It looked, and did nothing.
     assert sorted(os.listdir(tmp_path)) == ["blob", "package"]
     if case.stem == "odd-paths":

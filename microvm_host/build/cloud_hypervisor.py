@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: MIT
+"""Packages for cloud-hypervisor, from version 36 on (docs/ of its sources, and its --help)."""
+
+from __future__ import annotations
+
+from ..paths import MICROVM_BALLOON, MICROVM_RUN, MICROVM_SHUTDOWN, PCI_DEVICES
+from . import kernels, limits, macvtaps, payload, programs, scripts, shell
+from .facts import OWN_NOTIFY_SOCKET, OWN_VSOCK, facts
+from .limits import plain
+from .refused import Refused
+from .tools import hypervisor
+from .tree import File, Tree
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ..declaration.guest import Guest
+    from .tools import Tools
+
+_CANNOT: limits.Cannot = {
+    **limits.NOT_QEMU,
+    **limits.NO_9P,
+    **limits.NO_VHOST,
+}
+# Versions 30 to 35 had another command line, in which an option took one value at a time.
+_OLDEST = (36, 0)
+_BZIMAGE_SINCE = (39, 0)
+# From then on it warns where an image's type is not told, and later refuses to write to it.
+_IMAGE_TYPE_SINCE = (52, 0)
+# virtio-mem's alignment there, in MB (virtio-devices/src/mem.rs).
+_HOTPLUG_UNIT = 128
+# What ends a value, or begins a list (option_parser/src/lib.rs).
+_SPECIAL = ',"[]'
+
+
+def build(guest: Guest, tools: Tools) -> Tree:
+    """The package; raises Refused."""
+    path = hypervisor(guest, tools)
+    version = tools.program_version
+    if version < _OLDEST:
+        raise Refused(
+            ("hypervisor",),
+            f"{path} is version {version[0]}.{version[1]}, and {_OLDEST[0]} is the oldest whose "
+            "options are known",
+        )
+    limits.check(guest, _CANNOT)
+    macvtaps.check(guest)
+    formats = [kernels.PVH, *([kernels.BZIMAGE] if version >= _BZIMAGE_SINCE else [])]
+    kernels.check(guest, tools, *formats)
+    _check_hotplug(guest)
+    # It serves several clients at a time: the package's scripts and the host have the same.
+    socket = guest.socket or f"{guest.name}-control.sock"
+    entries = facts(
+        guest,
+        tools,
+        multi_queue=guest.vcpu > 1,
+        control=(socket, "cloud-hypervisor"),
+        has_own_vsock=True,
+    )
+    entries |= payload.files(guest, tools)
+    vsock = [OWN_VSOCK] if guest.vsock_cid is not None else []
+    taps = macvtaps.descriptors(guest, guest.vcpu)
+    entries[MICROVM_RUN] = File(
+        scripts.run(
+            guest,
+            tools,
+            [path, *_arguments(guest, tools, socket, taps), *guest.extra_arguments],
+            last=[scripts.stale(socket, *vsock), macvtaps.opened(taps)],
+        ),
+        0o755,
+    )
+    if guest.socket is not None:
+        quoted = shell.quoted(socket)
+        entries["lib/api"] = File(programs.api(tools.python), 0o755)
+        entries[MICROVM_SHUTDOWN] = File(
+            scripts.shutdown(
+                tools,
+                socket,
+                f'"$package"/lib/api --wait {quoted} PUT /api/v1/vm.power-button',
+                "Presses the power button, and waits until the hypervisor has gone or the input "
+                "ends.",
+            ),
+            0o755,
+        )
+        if guest.balloon:
+            entries[MICROVM_BALLOON] = File(_balloon(guest, tools, quoted), 0o755)
+    return Tree.of(entries)
+
+
+def _check_hotplug(guest: Guest) -> None:
+    for key, value in (
+        ("hotplugMem", guest.hotplug_mem),
+        ("hotpluggedMem", guest.hotplugged_mem),
+    ):
+        if value % _HOTPLUG_UNIT:
+            raise Refused(
+                (key,),
+                f"{key} = {value} is no multiple of {_HOTPLUG_UNIT} MB, cloud-hypervisor's unit of "
+                "virtio-mem",
+            )
+
+
+def _arguments(
+    guest: Guest, tools: Tools, socket: str, taps: dict[str, tuple[int, ...]]
+) -> Iterator[shell.Word | str]:
+    yield from ("--api-socket", f"path={plain(guest, ('socket',), socket, _SPECIAL)}")
+    yield from ("--cpus", f"boot={guest.vcpu}")
+    yield from ("--memory", _memory(guest))
+    yield from ("--platform", _platform(guest))
+    yield from ("--kernel", payload.KERNEL)
+    if guest.initrd is not None:
+        yield from ("--initramfs", payload.INITRD)
+    words = ["earlyprintk=ttyS0", "console=ttyS0", "reboot=t", "panic=-1", *guest.kernel_params]
+    yield from ("--cmdline", " ".join(words))
+    yield from ("--serial", "tty", "--console", "off", "--seccomp", "true", "--watchdog")
+    if guest.balloon:
+        deflates = "on" if guest.deflate_on_oom else "off"
+        size = f"size={guest.initial_balloon_mem}M"
+        yield from ("--balloon", f"{size},deflate_on_oom={deflates},free_page_reporting=on")
+    if guest.volumes:
+        yield from ("--disk", *_disks(guest, tools))
+    if guest.interfaces:
+        yield from ("--net", *_nets(guest, taps))
+    if guest.shares:
+        yield from ("--fs", *_shares(guest))
+    if guest.pci_devices:
+        yield "--device"
+        yield from (f"path={PCI_DEVICES}/{each.address}" for each in guest.pci_devices)
+    if guest.vsock_cid is not None:
+        yield from ("--vsock", f"cid={guest.vsock_cid},socket={OWN_VSOCK}")
+
+
+def _memory(guest: Guest) -> str:
+    # vhost-user: virtiofsd maps the guest's memory.
+    shared = "on" if guest.virtiofs else "off"
+    options = [f"size={guest.mem}M", "mergeable=on", f"shared={shared}"]
+    if guest.hotplug_mem:
+        options += ["hotplug_method=virtio-mem", f"hotplug_size={guest.hotplug_mem}M"]
+        # Nothing is not a size there.
+        options += [f"hotplugged_size={guest.hotplugged_mem}M"] if guest.hotplugged_mem else []
+    return ",".join(options)
+
+
+def _platform(guest: Guest) -> str:
+    strings = [
+        plain(guest, ("cloud-hypervisor", "platformOEMStrings"), each, _SPECIAL)
+        for each in guest.oem_strings
+    ]
+    if guest.readiness == "guest":
+        strings.append(f"io.systemd.credential:vmm.notify_socket={OWN_NOTIFY_SOCKET}")
+    listed = [f"oem_strings=[{','.join(strings)}]"] if strings else []
+    return ",".join((f"uuid={guest.machine_id}", *listed))
+
+
+def _disks(guest: Guest, tools: Tools) -> Iterator[str]:
+    for number, volume in enumerate(guest.volumes):
+        at = ("volumes", number)
+        options = [
+            f"path={plain(guest, (*at, 'image'), volume.image, _SPECIAL)}",
+            f"readonly={'on' if volume.read_only else 'off'}",
+            f"direct={'on' if volume.direct else 'off'}",
+        ]
+        if tools.program_version >= _IMAGE_TYPE_SINCE:
+            options.append(f"image_type={volume.image_type}")
+        if volume.serial is not None:
+            options.append(f"serial={plain(guest, (*at, 'serial'), volume.serial, _SPECIAL)}")
+        if guest.vcpu > 1:
+            options.append(f"num_queues={guest.vcpu}")
+        yield ",".join(options)
+
+
+def _nets(guest: Guest, taps: dict[str, tuple[int, ...]]) -> Iterator[str]:
+    for number, interface in enumerate(guest.interfaces):
+        pairs = guest.vcpu
+        if interface.type == "macvtap":
+            descriptors = taps[interface.id]
+            pairs = len(descriptors)
+            backend = f"fd=[{','.join(map(str, descriptors))}]"
+        else:
+            name = plain(guest, ("interfaces", number, "id"), interface.id, _SPECIAL)
+            backend = f"tap={name}"
+        # One for each direction.
+        queues = [f"num_queues={2 * pairs}"] if pairs > 1 else []
+        yield ",".join((backend, f"mac={interface.mac}", *queues))
+
+
+def _shares(guest: Guest) -> Iterator[str]:
+    for number, share in enumerate(guest.shares):
+        assert share.socket is not None
+        tag = plain(guest, ("shares", number, "tag"), share.tag, _SPECIAL)
+        socket = plain(guest, ("shares", number, "socket"), share.socket, _SPECIAL)
+        yield f"tag={tag},socket={socket}"
+
+
+def _balloon(guest: Guest, tools: Tools, socket: str) -> bytes:
+    """It is told what it takes, in bytes."""
+    return scripts.balloon(
+        tools,
+        f"taken=$((({guest.mem} - $1) * 1048576))",
+        '[ "$taken" -ge 0 ] || taken=0',
+        f'exec "$package"/lib/api {socket} PUT /api/v1/vm.resize '
+        '"{\\"desired_balloon\\":$taken}"',
+    )
