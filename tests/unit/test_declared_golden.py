@@ -110,10 +110,9 @@ def test_there_are_enough_of_them_and_none_is_left_over() -> None:
     assert expected == {case.stem for case in CASES}
 
 
-@pytest.mark.parametrize("case", RIGHT, ids=lambda case: case.stem)
-def test_the_host_reads_it_and_the_shell_runs_it(case: Path, tmp_path: Path) -> None:
-    """The contract, from the other side; and words go through the shell as they are."""
-    blob = tmp_path / "blob"
+def written(case: Path, directory: Path) -> str:
+    """Write a right one's package into a directory; gives its path."""
+    blob = directory / "blob"
     blob.write_bytes(b"")
     empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
     package = Tree(
@@ -122,23 +121,34 @@ def test_the_host_reads_it_and_the_shell_runs_it(case: Path, tmp_path: Path) -> 
             for path, entry in tree(case).entries
         )
     )
-    package.write(str(tmp_path / "package"))
-    loaded = runner.load(str(tmp_path / "package"))
+    package.write(str(directory / "package"))
+    return str(directory / "package")
+
+
+def command_line(package: str, directory: Path) -> list[str]:
+    """What `microvm show` shows of a package."""
+    done = subprocess.run(
+        [f"{package}/bin/microvm-run"],
+        env={"MICROVM_SHOW": "1", "PATH": "/nonexistent"},
+        capture_output=True,
+        text=True,
+        cwd=directory,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("case", RIGHT, ids=lambda case: case.stem)
+def test_the_host_reads_it_and_the_shell_runs_it(case: Path, tmp_path: Path) -> None:
+    """The contract, from the other side; and words go through the shell as they are."""
+    loaded = runner.load(written(case, tmp_path))
     guest, _ = guests.load(str(case))
     assert loaded.hypervisor == guest.hypervisor
     control = loaded.control_socket
     assert (control.protocol if control else None) == CONTROL.get(guest.hypervisor)
     assert (loaded.event_log is not None) == (guest.hypervisor == "qemu")
     assert all(share.options_given for share in loaded.shares)
-    done = subprocess.run(
-        [f"{loaded.path}/bin/microvm-run"],
-        env={"MICROVM_SHOW": "1", "PATH": "/nonexistent"},
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    words = done.stdout.splitlines()
+    words = command_line(loaded.path, tmp_path)
     assert words[0] == f"/usr/bin/{PROGRAMS.get(guest.hypervisor, 'qemu-system-x86_64')}"
     # It looked, and did nothing.
     assert sorted(os.listdir(tmp_path)) == ["blob", "package"]
