@@ -122,6 +122,9 @@ class Package:
     # Also where readiness is `exec`, since the host may want it otherwise.
     notify_socket: NotifySocket | None = None
     control_socket: ControlSocket | None = None
+    # Sockets below the state directory: the guest's serial console, and its agent's port.
+    console_socket: str | None = None
+    agent_socket: str | None = None
     event_log: str | None = None
     machine_uuid: str | None = None
 
@@ -159,6 +162,8 @@ def load(path: str) -> Package:
         readiness=readiness,
         notify_socket=reader.notify_socket(hypervisor, vsock_cid, readiness),
         control_socket=reader.control_socket(),
+        console_socket=reader.one(f"{SHARE}/console-socket", _relative),
+        agent_socket=reader.one(f"{SHARE}/agent-socket", _relative),
         event_log=reader.one(f"{SHARE}/event-log", _relative),
         machine_uuid=reader.one(f"{SHARE}/machine-uuid", names.machine_uuid),
     )

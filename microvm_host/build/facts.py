@@ -55,6 +55,8 @@ def facts(
     control: tuple[str, str] | None = None,
     event_log: str | None = None,
     has_own_vsock: bool = False,
+    console: str | None = None,
+    agent: str | None = None,
 ) -> dict[str, File | Copy | Link]:
     """The files that tell the host of a guest, by their paths in the package.
 
@@ -63,6 +65,8 @@ def facts(
         control: socket and protocol of the hypervisor's, for the host alone.
         event_log: where the hypervisor writes what happens to the guest.
         has_own_vsock: whether the hypervisor carries vsock by itself, not the host's kernel.
+        console: socket that is the guest's serial console.
+        agent: socket that is the port of QEMU's guest agent.
     """
     lines: dict[str, Sequence[str]] = {
         "hypervisor": [guest.hypervisor],
@@ -87,6 +91,10 @@ def facts(
         lines["control-socket"], lines["control-protocol"] = [control[0]], [control[1]]
     if event_log is not None:
         lines["event-log"] = [event_log]
+    if console is not None:
+        lines["console-socket"] = [console]
+    if agent is not None:
+        lines["agent-socket"] = [agent]
     for share in guest.virtiofs:
         lines |= _share(share)
     found: dict[str, File | Copy | Link] = {

@@ -25,6 +25,8 @@ _CANNOT: limits.Cannot = {
 }
 # From then on, QEMU writes its events to a file with nobody listening (chardev file,input-path=).
 _EVENTS_SINCE = (8, 1)
+# From then on, a character device can be in two places (chardev hub).
+_HUB_SINCE = (10, 0)
 # Transports of the microvm machine with ACPI (QEMU's hw/i386/microvm.c).
 _MMIO_MAX = 24
 # virtio-mem's block size on x86: a huge page.
@@ -58,6 +60,23 @@ _CLOCK = """\
 case $accel:$mhz in
     tcg:*[0-9].[0-9][0-9][0-9]) clock=" tsc_early_khz=${mhz%.*}${mhz#*.}" ;;
 esac"""
+# The journal has the console by standard output, and `microvm console` by a socket. A terminal on
+# standard input is somebody's who runs the VM there.
+_CONSOLE_BY_HUB = """\
+# QEMU writes to no standard output whose input has ended, and on this input nothing ever comes.
+[ -t 0 ] || exec </dev/ptmx"""
+_CONSOLE_IN_ONE_PLACE = """\
+# This QEMU can have the console in one place only, but keep a log of it.
+console=@socket@,logfile=@log@
+if [ -t 0 ] && [ -z "${MICROVM_SHOW-}" ]; then console=stdio,id=console,signal=off; fi"""
+_LOGGED_CONSOLE = """\
+# What cannot be opened by a name, as the journal cannot, cannot be the log: cat carries it there,
+# and ends with QEMU.
+if [ "${console#stdio}" = "$console" ]; then
+    rm -f @log@
+    mkfifo -m 600 @log@
+    cat <@log@ &
+fi"""
 
 
 def build(guest: Guest, tools: Tools) -> Tree:
@@ -76,6 +95,8 @@ def build(guest: Guest, tools: Tools) -> Tree:
         multi_queue=guest.vcpu > 1,
         control=(machine.control, "qmp"),
         event_log=machine.event_log,
+        console=machine.console if guest.qemu.serial_console else None,
+        agent=machine.agent,
     )
     entries |= payload.files(guest, tools)
     entries[MICROVM_RUN] = File(machine.run_script(), 0o755)
@@ -106,6 +127,18 @@ class _Machine:
     def control(self) -> str:
         """The host's own socket: QEMU listens to one client at a time on each."""
         return f"{self._guest.name}-control.sock"
+
+    @property
+    def console(self) -> str:
+        return f"{self._guest.name}-console.sock"
+
+    @property
+    def agent(self) -> str:
+        return f"{self._guest.name}-agent.sock"
+
+    @property
+    def _has_hub(self) -> bool:
+        return self._tools.qemu_version >= _HUB_SINCE
 
     @property
     def event_log(self) -> str | None:
@@ -198,7 +231,7 @@ class _Machine:
             argv += ["-initrd", payload.INITRD]
         argv += ["-append", self._append()]
         if guest.qemu.serial_console:
-            argv += ["-chardev", "stdio,id=stdio,signal=off", "-serial", "chardev:stdio"]
+            argv += self._console()
         argv += self._monitors()
         if guest.virtiofs:
             argv += ["-object", f"memory-backend-memfd,id=mem,size={guest.mem}M,share=on"]
@@ -261,11 +294,32 @@ class _Machine:
                 argv += ["-device", "pvpanic-pci"]
         return argv
 
+    def _console(self) -> Words:
+        if not self._has_hub:
+            return ["-chardev", word(Variable("console")), "-serial", "chardev:console"]
+        return [
+            *("-chardev", "stdio,id=stdio,signal=off"),
+            *("-chardev", _listening("socket", self.console)),
+            *("-chardev", "hub,id=console,chardevs.0=stdio,chardevs.1=socket"),
+            *("-serial", "chardev:console"),
+        ]
+
+    def _console_scripts(self) -> tuple[str, str]:
+        """What the script does about the console: before the command line, and at last."""
+        if not self._guest.qemu.serial_console:
+            return "", ""
+        if self._has_hub:
+            return "", _CONSOLE_BY_HUB
+        # Names of VMs hold nothing that the shell takes for its own.
+        log = f"{self._guest.name}-console.fifo"
+        socket = _listening("console", self.console)
+        before = _CONSOLE_IN_ONE_PLACE.replace("@socket@", socket)
+        return before.replace("@log@", log), _LOGGED_CONSOLE.replace("@log@", log)
+
     def _agent(self) -> Words:
         """The port of QEMU's guest agent."""
-        socket = _escaped(f"{self._guest.name}-agent.sock")
         return [
-            *("-chardev", f"socket,id=agent,path={socket},server=on,wait=off"),
+            *("-chardev", _listening("agent", self.agent)),
             *self._device("virtio-serial"),
             *("-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0"),
         ]
@@ -379,6 +433,7 @@ class _Machine:
 
     def run_script(self) -> bytes:
         vhost = any(each.is_tap and each.vhost is None for each in self._guest.interfaces)
+        console, console_at_last = self._console_scripts()
         return scripts.run(
             self._guest,
             self._tools,
@@ -387,8 +442,12 @@ class _Machine:
                 _PROBE.replace("@cpu@", _HOST_CPU),
                 _VHOST if vhost else "",
                 _CLOCK if self._type == "microvm" else "",
+                console,
             ],
-            last=[macvtaps.opened(macvtaps.descriptors(self._guest, self._guest.vcpu))],
+            last=[
+                macvtaps.opened(macvtaps.descriptors(self._guest, self._guest.vcpu)),
+                console_at_last,
+            ],
         )
 
     def shutdown_script(self, socket: str) -> bytes:
@@ -408,6 +467,11 @@ class _Machine:
 def _escaped(text: str) -> str:
     """A value within one of QEMU's option strings, in which a comma is two."""
     return text.replace(",", ",,")
+
+
+def _listening(name: str, path: str) -> str:
+    """A character device that one client at a time connects to."""
+    return f"socket,id={name},path={_escaped(path)},server=on,wait=off"
 
 
 def _file(volume: Volume) -> str:

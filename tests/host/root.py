@@ -56,6 +56,8 @@ PACKAGES = (
     "python3-pyroute2",
     "python3-click",
     "qemu-system-x86",
+    # runs in guests, which take it from their host
+    "qemu-guest-agent",
     "openssh-client",
     "nix-bin",
     # what a small guest is made of

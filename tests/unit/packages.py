@@ -92,6 +92,8 @@ def write(directory: Path, package: Package) -> Path:
     if package.control_socket is not None:
         _one(directory, "control-socket", package.control_socket.path)
         _one(directory, "control-protocol", package.control_socket.protocol)
+    _one(directory, "console-socket", package.console_socket)
+    _one(directory, "agent-socket", package.agent_socket)
     _one(directory, "event-log", package.event_log)
     _one(directory, "machine-uuid", package.machine_uuid)
     return directory

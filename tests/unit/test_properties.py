@@ -43,6 +43,8 @@ FILES = (
     "notify-socket",
     "control-socket",
     "control-protocol",
+    "console-socket",
+    "agent-socket",
     "machine-uuid",
     "virtiofs/t/source",
     "virtiofs/t/socket",
@@ -212,6 +214,8 @@ PACKAGES = st.builds(
     | st.builds(NotifySocket, st.integers(1024, 0xFFFFFFFE), st.booleans(), st.none()),
     control_socket=st.none()
     | st.builds(ControlSocket, SOCKETS, st.sampled_from(runner.CONTROL_PROTOCOLS)),
+    console_socket=st.none() | SOCKETS.filter(lambda path: not path.startswith("/")),
+    agent_socket=st.none() | SOCKETS.filter(lambda path: not path.startswith("/")),
     machine_uuid=st.none() | st.uuids().map(str),
 )
 

@@ -446,6 +446,20 @@ CASES = (
         1,
     ),
     Case(
+        "console-absolute",
+        holds(f"{SHARE}/console-socket", "/run/x.sock"),
+        "'/run/x.sock' is absolute",
+        f"{SHARE}/console-socket",
+        1,
+    ),
+    Case(
+        "agent-dot-dot",
+        holds(f"{SHARE}/agent-socket", "../web2/agent.sock"),
+        "has a '..' in it",
+        f"{SHARE}/agent-socket",
+        1,
+    ),
+    Case(
         "event-log-absolute",
         holds(f"{SHARE}/event-log", "/etc/passwd"),
         "'/etc/passwd' is absolute",
