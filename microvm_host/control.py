@@ -39,6 +39,12 @@ _STOPPED = (
 )
 
 
+class Refusal(MicrovmHostError):
+    """The hypervisor refuses a command; `kind` is QMP's class of the error."""
+
+    kind = ""
+
+
 class Pressed:
     """A power button that was pressed, and the connection by which QEMU tells what came of it."""
 
@@ -83,10 +89,7 @@ def press(protocol: str, path: str, within: float) -> Pressed:
         return Pressed(stream)
     except OSError as error:
         stream.close()
-        reason = "does not answer"
-        if not isinstance(error, TimeoutError):
-            reason = f"hung up: {error.strerror}"
-        raise MicrovmHostError(f"the hypervisor {reason}", path=path) from error
+        raise _unheard(error, path) from error
     except MicrovmHostError:
         stream.close()
         raise
@@ -94,16 +97,60 @@ def press(protocol: str, path: str, within: float) -> Pressed:
 
 def _press_by_qmp(stream: _Stream) -> str:
     """Gives a remark on the guest's state, if it is one that hears no button."""
-    greeting = stream.message()
-    if not isinstance(greeting.get("QMP"), dict):
-        raise stream.nonsense("no greeting of QMP")
-    stream.execute("qmp_capabilities")
+    _greet(stream)
     answer = stream.execute("query-status")
     state = answer.get("status") if isinstance(answer, dict) else None
     stream.execute("system_powerdown")
     if state in _STOPPED:
         return f"the guest is stopped ({state}) and cannot react"
     return ""
+
+
+class Qmp:
+    """A conversation with QEMU, over a connection that somebody has made."""
+
+    def __init__(self, connected: socket, path: str, within: float) -> None:
+        self._stream = _Stream(path, time.monotonic() + within, connected)
+        try:
+            _greet(self._stream)
+        except OSError as error:
+            self.close()
+            raise _unheard(error, path) from error
+        except MicrovmHostError:
+            self.close()
+            raise
+
+    def ask(
+        self, command: str, arguments: dict[str, object] | None = None, within: float = 10.0
+    ) -> object:
+        """Run a command; gives what it returned.
+
+        Raises:
+            Refusal: QEMU does not do it.
+            MicrovmHostError: it does not answer within these seconds, or not sensibly.
+        """
+        self._stream.begin_anew(within)
+        try:
+            return self._stream.execute(command, arguments)
+        except OSError as error:
+            raise _unheard(error, self._stream.path) from error
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def _greet(stream: _Stream) -> None:
+    greeting = stream.message()
+    if not isinstance(greeting.get("QMP"), dict):
+        raise stream.nonsense("no greeting of QMP")
+    stream.execute("qmp_capabilities")
+
+
+def _unheard(error: OSError, path: str) -> MicrovmHostError:
+    reason = "does not answer"
+    if not isinstance(error, TimeoutError):
+        reason = f"hung up: {error.strerror}"
+    return MicrovmHostError(f"the hypervisor {reason}", path=path)
 
 
 def _put(stream: _Stream, target: str, body: bytes = b"") -> None:
@@ -123,16 +170,17 @@ def _put(stream: _Stream, target: str, body: bytes = b"") -> None:
 class _Stream:
     """A connection to a hypervisor, with one deadline for all that is said at first."""
 
-    def __init__(self, path: str, deadline: float) -> None:
+    def __init__(self, path: str, deadline: float, connected: socket | None = None) -> None:
         self.path = path
         self._deadline = deadline
         self._buffer = b""
         self._left = EXCHANGE_MAX
         self._commands = 0
         self._ending: str | None = None
-        self._socket = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC)
+        self._socket = connected or socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC)
         try:
-            self._connect()
+            if connected is None:
+                self._connect()
         except OSError as error:
             self._socket.close()
             raise MicrovmHostError(
@@ -189,10 +237,18 @@ class _Stream:
             self._ending = ending(message) or self._ending
         return message
 
-    def execute(self, command: str) -> object:
+    def begin_anew(self, within: float) -> None:
+        """Another exchange, with limits of its own."""
+        self._deadline = time.monotonic() + within
+        self._left = EXCHANGE_MAX
+
+    def execute(self, command: str, arguments: dict[str, object] | None = None) -> object:
         """Run a command of QMP; gives what it returned."""
+        import json
+
         self._commands += 1
-        self.send(b'{"execute":"%s","id":%d}\n' % (command.encode(), self._commands))
+        rest = b"" if arguments is None else b',"arguments":' + json.dumps(arguments).encode()
+        self.send(b'{"execute":"%s","id":%d%s}\n' % (command.encode(), self._commands, rest))
         while True:
             message = self.message()
             if "event" in message:
@@ -201,7 +257,11 @@ class _Stream:
                 raise self.nonsense("an answer to no question")
             if "return" in message:
                 return message["return"]
-            raise MicrovmHostError(f"the hypervisor refuses {command}", path=self.path)
+            refusal = Refusal(f"the hypervisor refuses {command}", path=self.path)
+            error = message.get("error")
+            if isinstance(error, dict) and isinstance(error.get("class"), str):
+                refusal.kind = error["class"]
+            raise refusal
 
     def ending(self) -> str | None:
         """Take what has arrived since, not waiting, and give the last word on how it ended."""

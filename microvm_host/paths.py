@@ -197,6 +197,14 @@ class HostPaths:
         return self.at("/proc/swaps")
 
     @property
+    def locks(self) -> str:
+        """Tells who has locked which file (proc_locks(5))."""
+        return self.at("/proc/locks")
+
+    def process(self, pid: int) -> str:
+        return self.at(f"/proc/{pid}")
+
+    @property
     def ipv4_routes(self) -> str:
         return self.at("/proc/net/route")
 

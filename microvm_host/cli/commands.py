@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .. import adopt as adoption
     from .. import apply as application
     from .. import install, listing, pcilisting, reconcile, runner, service, state, users
-    from . import built, jobs, table
+    from . import access, built, jobs, table
     from . import pci as pci_commands
 else:
     json = Later("json")
@@ -29,7 +29,7 @@ else:
     install, listing, pcilisting = Later("..install"), Later("..listing"), Later("..pcilisting")
     reconcile, runner, state = Later("..reconcile"), Later("..runner"), Later("..state")
     service, users = Later("..service"), Later("..users")
-    built, jobs = Later(".built"), Later(".jobs")
+    access, built, jobs = Later(".access"), Later(".built"), Later(".jobs")
     pci_commands, table = Later(".pci"), Later(".table")
 
 HOST = HostPaths.from_environment()
@@ -146,12 +146,70 @@ def adopt(vm: str, former: str | None, user: str | None) -> None:
 
 
 @microvm.command()
+@click.argument("vm", metavar="NAME", type=NAME)
+@click.argument("size", metavar="[SIZE]", required=False)
+@JSON
+def balloon(vm: str, size: str | None, as_json: bool) -> None:
+    """Show how much memory a guest has, or leave it SIZE of that: 512M, 2G, or a number of MB."""
+    _existing(vm)
+    access.show_or_set_balloon(vm, HOST, size, as_json=as_json)
+
+
+@microvm.command()
 @click.argument("declaration", metavar="FILE")
 @click.option("-o", "--output", metavar="DIR", required=True, help="Where to write the package.")
 def build(declaration: str, output: str) -> None:
     """Make the runner package of a declaration, without installing it; needs no root."""
     built.build(os.path.abspath(declaration), output)
     click.echo(f"built {output}")
+
+
+@microvm.command()
+@click.argument("vm", metavar="NAME", type=NAME)
+@click.option("-r", "--read-only", is_flag=True, help="Do not type, only look.")
+@click.option(
+    *("-e", "--escape"),
+    metavar="KEY",
+    default="^]",
+    help="The key that detaches, `none` for none; default: ^].",
+)
+@click.option(
+    *("-n", "--lines"),
+    metavar="N",
+    type=click.IntRange(min=0),
+    default=20,
+    help="Show so many lines from before; default: 20.",
+)
+@click.option("-w", "--wait", is_flag=True, help="Wait until the VM runs.")
+def console(vm: str, read_only: bool, escape: str, lines: int, wait: bool) -> None:
+    """Be on the serial console of a VM, until it ends or Ctrl-] is pressed.
+
+    The first one types, others look on.
+    """
+    _existing(vm)
+    access.show_console(vm, HOST, read_only=read_only, escape=escape, lines=lines, wait=wait)
+
+
+@microvm.command(
+    "exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False}
+)
+@click.option("-i", "--stdin", "has_input", is_flag=True, help="Give it what is on this input.")
+@click.option(
+    *("-t", "--timeout"),
+    metavar="SECONDS",
+    type=click.FloatRange(min=0, min_open=True),
+    default=10.0,
+    help="How long the guest's agent may take to answer; default: 10.",
+)
+@click.argument("vm", metavar="NAME", type=NAME)
+@click.argument("argv", metavar="[--] COMMAND...", nargs=-1, type=click.UNPROCESSED)
+def execute(vm: str, argv: tuple[str, ...], has_input: bool, timeout: float) -> None:
+    """Run a command in a guest, by QEMU's guest agent, and end with its exit code."""
+    words = argv[1:] if argv[:1] == ("--",) else argv
+    if not words:
+        raise UsageError("no command is given")
+    _existing(vm)
+    access.execute(vm, HOST, words, has_input=has_input, timeout=timeout)
 
 
 @microvm.command()

@@ -40,6 +40,8 @@ ON_DEMAND = (
     "virtio_balloon",
     "virtio_rng",
     "virtiofs",
+    "9pnet_virtio",
+    "9p",
     "vmw_vsock_virtio_transport",
     "pvpanic_pci",
     "8139cp",
@@ -182,9 +184,11 @@ def collect_modules(kernel: Kernel) -> Modules:
                 files[_bare(path)] = _read_module(kernel.modules / path)
 
     always = list(dict.fromkeys(_bare(path) for name in ALWAYS for path in chains.get(name, [])))
+    # Nothing but a mount asks for the file system itself.
+    by_mount = [("virtio:d00000009v*", "9p")]
     aliases = [
         (pattern, [_bare(path) for path in chains[name]])
-        for pattern, name in _read_aliases(kernel.modules / "modules.alias")
+        for pattern, name in [*_read_aliases(kernel.modules / "modules.alias"), *by_mount]
         if name in chains
     ]
     return Modules(files=files, always=always, aliases=aliases)

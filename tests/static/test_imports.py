@@ -27,7 +27,7 @@ LAYERS: tuple[set[str], ...] = (
     {"errors", "frozen", "supervised", "vsock"},
     {"names", "paths", "identity", "interpreter", "process", "record", "source", "state", "sysfs"},
     {"bus", "interfaces", "log", "pcibus", "runner", "control", "trust", "users"},
-    {"declaration", "hostuse", "nodes", "pciids"},
+    {"attach", "declaration", "hostuse", "nodes", "pciids"},
     {"build", "plan", "service", "store", "systemd"},
     # What changes the host; these do not know of each other.
     {
@@ -40,6 +40,10 @@ LAYERS: tuple[set[str], ...] = (
         "readiness",
         "adopt",
         "guard",
+        # Into a guest that runs.
+        "balloon",
+        "console",
+        "guestagent",
     },
     {"diff", "install", "listing", "pcilisting"},
     {"apply", "reconcile"},

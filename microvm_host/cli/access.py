@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: MIT
+"""`microvm console`, `exec` and `balloon`: into a guest that runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import click
+
+from .. import attach, balloon, console, guestagent
+from ..attach import NobodyThere, Running
+from ..errors import MicrovmHostError
+from ..runner import SHARE
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import NoReturn
+
+    from ..paths import HostPaths
+
+# As ssh(1) has it: any other code is the command's.
+EXIT_NOT_RUN = 255
+_LOOK_EVERY = 0.2  # seconds
+# Between the start of the hypervisor and its sockets.
+_STARTS_WITHIN = 5.0
+_CONNECTS_WITHIN = 10.0
+_BALLOONS_WITHIN = 5.0
+
+
+def running(vm: str, host: HostPaths) -> Running:
+    """A VM that runs; raises MicrovmHostError for one that does not."""
+    found = attach.running(vm, host)
+    if found is None:
+        raise MicrovmHostError(f"microVM {vm} does not run", hint=f"microvm start {vm}")
+    return found
+
+
+def show_console(
+    vm: str, host: HostPaths, *, read_only: bool, escape: str, lines: int, wait: bool
+) -> None:
+    """Be on a VM's console until it ends, or the key is pressed; raises MicrovmHostError."""
+    key = console.escape_key(escape)
+    how = f"; {escape} detaches" if key and sys.stdin.isatty() else ""
+    patience = time.monotonic() + _STARTS_WITHIN
+    while True:
+        try:
+            end = _be_on_console(vm, host, read_only=read_only, key=key, how=how, lines=lines)
+            break
+        except NobodyThere as error:
+            # On its way up perhaps, which is not to be told by its unit's state.
+            is_starting = attach.running(vm, host) is not None and time.monotonic() < patience
+            if not is_starting and not wait:
+                if error.path is None:
+                    error.hint = f"microvm start {vm}, or wait for it: --wait"
+                raise
+            time.sleep(_LOOK_EVERY)
+    _say(f"{vm}: detached" if end == console.DETACHED else f"{vm}: the VM has ended")
+
+
+def _be_on_console(
+    vm: str, host: HostPaths, *, read_only: bool, key: bytes | None, how: str, lines: int
+) -> str:
+    """Gives how it ended; raises NobodyThere before anything is shown."""
+    found = attach.running(vm, host)
+    if found is None or not console.has_process(vm):
+        raise NobodyThere(f"microVM {vm} does not run")
+    reason = ""
+    if not read_only and found.package.console_socket is None:
+        reason = ": its package tells of no console to type at"
+    elif not read_only and found.package.console_socket is not None:
+        keyboard = console.Keyboard(found, host)
+        try:
+            if keyboard.take():
+                with found.connect(found.package.console_socket, _CONNECTS_WITHIN) as guest:
+                    console.show_before(found, lines)
+                    _say(f"{vm}: connected{how}")
+                    return console.attach(guest, key)
+            reason = f": {keyboard.holder()} has the keyboard"
+        finally:
+            keyboard.close()
+    _say(f"{vm}: read-only{reason}{how}")
+    return console.follow(found, lines, key)
+
+
+def execute(
+    vm: str, host: HostPaths, argv: Sequence[str], *, has_input: bool, timeout: float
+) -> NoReturn:
+    """Run a command in a guest, and exit with its code."""
+    try:
+        found = running(vm, host)
+        path = found.package.agent_socket
+        if path is None:
+            raise MicrovmHostError(
+                f"the package of {vm} tells of no port of a guest agent",
+                path=f"{found.package.path}/{SHARE}/agent-socket",
+            )
+        given = sys.stdin.buffer.read() if has_input else None
+        ended = guestagent.run(lambda within: found.connect(path, within), argv, given, timeout)
+    except MicrovmHostError as error:
+        click.echo(f"microvm: {error}", err=True)
+        sys.exit(EXIT_NOT_RUN)
+    except KeyboardInterrupt:
+        click.echo(f"microvm: {vm}: the command runs on in the guest", err=True)
+        sys.exit(130)
+    sys.stdout.buffer.write(ended.out)
+    sys.stdout.flush()
+    sys.stderr.buffer.write(ended.err)
+    sys.stderr.flush()
+    if ended.is_cut:
+        click.echo(f"microvm: {vm}: the agent kept only the beginning of the output", err=True)
+    sys.exit(ended.code)
+
+
+def show_or_set_balloon(vm: str, host: HostPaths, size: str | None, *, as_json: bool) -> None:
+    """Print a guest's memory, after its balloon left it as much; raises MicrovmHostError."""
+    wanted = None if size is None else balloon.megabytes(size)
+    found = running(vm, host)
+    if wanted is None:
+        memory: balloon.Memory | None = balloon.memory(found)
+    else:
+        memory = balloon.resize(found, wanted, _BALLOONS_WITHIN)
+    if as_json:
+        found_now = {
+            "name": vm,
+            "memory": memory and memory.whole,
+            "actual": memory and memory.actual,
+            "asked": wanted and wanted * balloon.MEBIBYTE,
+        }
+        click.echo(json.dumps(found_now, indent=2))
+    elif memory is None:
+        click.echo(f"{vm}: asked for {wanted} MB")
+    else:
+        actual, whole = (each // balloon.MEBIBYTE for each in (memory.actual, memory.whole))
+        text = f"{vm}: {actual} MB of {whole} MB"
+        if wanted is not None and memory.actual != wanted * balloon.MEBIBYTE:
+            text += f", on the way to {wanted} MB as far as the guest goes along"
+        click.echo(text)
+
+
+def _say(text: str) -> None:
+    """To people, beside what the guest says; a guest may have left the cursor anywhere."""
+    click.echo(f"[microvm: {text}]", err=True)
