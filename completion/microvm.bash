@@ -10,7 +10,7 @@ _microvm_vms() {
         name=${directory##*/}
         case $1 in
             start | run | adopt) [[ ! -L $directory/booted ]] || continue ;;
-            stop | ssh) [[ -L $directory/booted ]] || continue ;;
+            stop | ssh | console | exec | balloon) [[ -L $directory/booted ]] || continue ;;
             update) [[ -e $directory/flake || -e $directory/runner || -e $directory/declaration ]] || continue ;;
             show | history | rollback) [[ -e $directory/declaration ]] || continue ;;
             remove)
@@ -69,14 +69,16 @@ _microvm() {
     if [[ $options ]]; then
         :
     elif [[ ! $command ]]; then
-        options='adopt apply build create history list logs pci reconcile remove restart rollback run show ssh
-            start status stop update'
+        options='adopt apply balloon build console create exec history list logs pci reconcile remove
+            restart rollback run show ssh start status stop update'
         [[ $current != -* ]] || options='-l -c -u -r -s -h --help --version'
     elif [[ $current == -* ]]; then
         case $command in
             adopt) options='--from --user' ;;
             build) options='-o --output' ;;
-            history | show) options='--json' ;;
+            balloon | history | show) options='--json' ;;
+            console) options='-r --read-only -e --escape -n --lines -w --wait' ;;
+            exec) options='-i --stdin -t --timeout' ;;
             rollback) options='-R --restart' ;;
             apply) options='-n --dry-run --json' ;;
             create) options='-f --flake --runner --user --start' ;;
@@ -92,7 +94,7 @@ _microvm() {
     else
         case $command in
             # One name, then what is not ours to complete.
-            adopt | history | logs | rollback | run | show | ssh | status)
+            adopt | balloon | console | exec | history | logs | rollback | run | show | ssh | status)
                 for word in "${before[@]:1}"; do
                     [[ $word == -* ]] || return 0
                 done

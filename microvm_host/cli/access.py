@@ -39,11 +39,20 @@ def running(vm: str, host: HostPaths) -> Running:
 
 
 def show_console(
-    vm: str, host: HostPaths, *, read_only: bool, escape: str, lines: int, wait: bool
+    vm: str,
+    host: HostPaths,
+    *,
+    read_only: bool,
+    key: bytes | None,
+    how: str,
+    lines: int,
+    wait: bool,
 ) -> None:
-    """Be on a VM's console until it ends, or the key is pressed; raises MicrovmHostError."""
-    key = console.escape_key(escape)
-    how = f"; {escape} detaches" if key and sys.stdin.isatty() else ""
+    """Be on a VM's console until it ends, or the key is pressed; raises MicrovmHostError.
+
+    Args:
+        how: what to say of the key, at the end of a line.
+    """
     patience = time.monotonic() + _STARTS_WITHIN
     while True:
         try:
@@ -114,9 +123,8 @@ def execute(
     sys.exit(ended.code)
 
 
-def show_or_set_balloon(vm: str, host: HostPaths, size: str | None, *, as_json: bool) -> None:
-    """Print a guest's memory, after its balloon left it as much; raises MicrovmHostError."""
-    wanted = None if size is None else balloon.megabytes(size)
+def show_or_set_balloon(vm: str, host: HostPaths, wanted: int | None, *, as_json: bool) -> None:
+    """Print a guest's memory, after its balloon left it as many MB; raises MicrovmHostError."""
     found = running(vm, host)
     if wanted is None:
         memory: balloon.Memory | None = balloon.memory(found)

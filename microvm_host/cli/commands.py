@@ -20,12 +20,15 @@ if TYPE_CHECKING:
 
     from .. import adopt as adoption
     from .. import apply as application
+    from .. import balloon as ballooning
+    from .. import console as consoles
     from .. import install, listing, pcilisting, reconcile, runner, service, state, users
     from . import access, built, jobs, table
     from . import pci as pci_commands
 else:
     json = Later("json")
     adoption, application = Later("..adopt"), Later("..apply")
+    ballooning, consoles = Later("..balloon"), Later("..console")
     install, listing, pcilisting = Later("..install"), Later("..listing"), Later("..pcilisting")
     reconcile, runner, state = Later("..reconcile"), Later("..runner"), Later("..state")
     service, users = Later("..service"), Later("..users")
@@ -151,8 +154,9 @@ def adopt(vm: str, former: str | None, user: str | None) -> None:
 @JSON
 def balloon(vm: str, size: str | None, as_json: bool) -> None:
     """Show how much memory a guest has, or leave it SIZE of that: 512M, 2G, or a number of MB."""
+    wanted = None if size is None else ballooning.megabytes(size)
     _existing(vm)
-    access.show_or_set_balloon(vm, HOST, size, as_json=as_json)
+    access.show_or_set_balloon(vm, HOST, wanted, as_json=as_json)
 
 
 @microvm.command()
@@ -186,8 +190,10 @@ def console(vm: str, read_only: bool, escape: str, lines: int, wait: bool) -> No
 
     The first one types, others look on.
     """
+    key = consoles.escape_key(escape)
     _existing(vm)
-    access.show_console(vm, HOST, read_only=read_only, escape=escape, lines=lines, wait=wait)
+    how = f"; {escape} detaches" if key and sys.stdin.isatty() else ""
+    access.show_console(vm, HOST, read_only=read_only, key=key, how=how, lines=lines, wait=wait)
 
 
 @microvm.command(

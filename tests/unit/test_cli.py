@@ -21,7 +21,10 @@ from microvm_host.runner import Macvtap, Package, Share, Tap
 from . import packages
 
 REPOSITORY = Path(__file__).parents[2]
-COMMANDS = ["adopt", "apply", "build", "create", "history", "list", "logs", "pci"] + [
+COMMANDS = ["adopt", "apply", "balloon", "build", "console", "create", "exec", "history"] + [
+    "list",
+    "logs",
+    "pci",
     "reconcile",
     "remove",
     "restart",
@@ -122,6 +125,9 @@ def test_version() -> None:
         (["start", "--", "-x"], "'-x' cannot be the name of a VM"),
         (["ssh", "root@"], "the name of a VM is empty"),
         (["create", "web", "--flake", "a", "--runner", "b"], "do not go together"),
+        (["console", "web", "--escape", "ab"], "'ab' is no key"),
+        (["balloon", "web", "1.5G"], "'1.5G' is not a size"),
+        (["exec", "web"], "no command is given"),
         (["-x"], "there is no flag -x"),
         (["-c"], "-c needs a value"),
         (["-l", "-u", "web"], "-u does not go with list"),
@@ -135,7 +141,7 @@ def test_wrong_usage(capfd: pytest.CaptureFixture[str], arguments: list[str], me
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("command", ["status", "ssh", "logs", "list"])
+@pytest.mark.parametrize("command", ["status", "ssh", "logs", "list", "console", "balloon"])
 def test_vm_that_does_not_exist(capfd: pytest.CaptureFixture[str], command: str) -> None:
     code, out, err = run(capfd, command, "none")
     assert (code, out) == (1, "")
