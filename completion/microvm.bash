@@ -59,6 +59,11 @@ _microvm() {
             mapfile -t COMPREPLY < <(compgen -d -- "$current")
             return 0
             ;;
+        init:--kernel | init:-o | init:--output)
+            compopt -o filenames 2> /dev/null || :
+            mapfile -t COMPREPLY < <(compgen -f -- "$current")
+            return 0
+            ;;
     esac
 
     case $command:$previous in
@@ -69,8 +74,8 @@ _microvm() {
     if [[ $options ]]; then
         :
     elif [[ ! $command ]]; then
-        options='adopt apply balloon build console create exec history list logs pci reconcile remove
-            restart rollback run show ssh start status stop update'
+        options='adopt apply balloon build console create exec history init list logs pci reconcile
+            remove restart rollback run show ssh start status stop update'
         [[ $current != -* ]] || options='-l -c -u -r -s -h --help --version'
     elif [[ $current == -* ]]; then
         case $command in
@@ -82,6 +87,7 @@ _microvm() {
             rollback) options='-R --restart' ;;
             apply) options='-n --dry-run --json' ;;
             create) options='-f --flake --runner --user --start' ;;
+            init) options='--kernel --memory --force -o --output' ;;
             list) options='--check --json' ;;
             pci) options='-a --all --json' ;;
             reconcile) options='--apply -y --yes --json' ;;

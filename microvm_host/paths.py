@@ -25,6 +25,9 @@ VIRTIOFSD_PLACES = (
 # Names of PCI devices: Debian and its kin, and the others.
 PCI_IDS_PLACES = ("/usr/share/misc/pci.ids", "/usr/share/hwdata/pci.ids")
 
+# A tree that was unpacked without the usr merge has its modules below /usr alone.
+MODULES_PLACES = ("/lib/modules", "/usr/lib/modules")
+
 MICROVM_RUN = "bin/microvm-run"
 MICROVM_SHUTDOWN = "bin/microvm-shutdown"
 # What one has open, by number: a link that leads to it, whatever its name means by now
@@ -93,6 +96,26 @@ class HostPaths:
 
     def history(self, name: str) -> str:
         return f"{self.histories}/{name}.json"
+
+    @property
+    def guests(self) -> str:
+        """Holds the guests that `microvm init` made."""
+        return self.at("/var/lib/microvm-host/guests")
+
+    def kernel_places(self, version: str) -> tuple[str, ...]:
+        """Where distributions put the image of a kernel."""
+        return (
+            self.at(f"/boot/vmlinuz-{version}"),
+            self.at(f"/usr/lib/modules/{version}/vmlinuz"),
+            self.at(f"/lib/modules/{version}/vmlinuz"),
+        )
+
+    def modules_places(self, version: str) -> tuple[str, ...]:
+        """The directories of a kernel's modules; of an empty version, those of all kernels."""
+        return tuple(self.at(f"{place}/{version}") for place in MODULES_PLACES)
+
+    def busybox_places(self) -> tuple[str, ...]:
+        return (self.at("/bin/busybox"), self.at("/usr/bin/busybox"), self.at("/sbin/busybox"))
 
     @property
     def packages_lock(self) -> str:

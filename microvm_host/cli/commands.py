@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from .. import apply as application
     from .. import balloon as ballooning
     from .. import console as consoles
+    from .. import init as initial
     from .. import install, listing, pcilisting, reconcile, runner, service, state, users
-    from . import access, built, jobs, table
+    from . import access, built, fresh, jobs, table
     from . import pci as pci_commands
 else:
     json = Later("json")
@@ -32,7 +33,8 @@ else:
     install, listing, pcilisting = Later("..install"), Later("..listing"), Later("..pcilisting")
     reconcile, runner, state = Later("..reconcile"), Later("..runner"), Later("..state")
     service, users = Later("..service"), Later("..users")
-    access, built, jobs = Later(".access"), Later(".built"), Later(".jobs")
+    access, built, fresh = Later(".access"), Later(".built"), Later(".fresh")
+    initial, jobs = Later("..init"), Later(".jobs")
     pci_commands, table = Later(".pci"), Later(".table")
 
 HOST = HostPaths.from_environment()
@@ -255,6 +257,23 @@ def rollback(vm: str, to: str | None, restart: bool) -> None:
         jobs.run("restart", [vm])
     elif runs and change.wants_restart:
         click.echo(f"it still runs the former: systemctl restart {names.unit(vm)}")
+
+
+@microvm.command()
+@click.argument("vm", metavar="NAME", type=NAME)
+@click.option("--kernel", metavar="PATH", help="The kernel's image; default: the host's own.")
+@click.option("--memory", metavar="MB", type=click.IntRange(64), help="Memory of the guest.")
+@click.option("--force", is_flag=True, help="Replace a declaration, which is kept as .old.")
+@click.option("-o", "--output", metavar="FILE", help="Write the declaration there alone; - prints.")
+def init(vm: str, kernel: str | None, memory: int | None, force: bool, output: str | None) -> None:
+    """Make a small guest of this host's own packages, and a declaration that starts it.
+
+    The guest is the host's kernel with busybox, and boots to a login prompt.
+    """
+    _as_root()
+    image = None if kernel is None else os.path.abspath(kernel)
+    wish = initial.Wish(vm, kernel=image, mem=memory)
+    fresh.make(wish, HOST, output, replaces=force)
 
 
 @microvm.command()

@@ -28,7 +28,7 @@ LAYERS: tuple[set[str], ...] = (
     {"names", "paths", "identity", "interpreter", "process", "record", "source", "state", "sysfs"},
     {"bus", "interfaces", "log", "pcibus", "runner", "control", "trust", "users"},
     {"attach", "declaration", "hostuse", "nodes", "pciids"},
-    {"build", "plan", "service", "store", "systemd"},
+    {"build", "guests", "plan", "service", "store", "systemd"},
     # What changes the host; these do not know of each other.
     {
         "links",
@@ -37,6 +37,7 @@ LAYERS: tuple[set[str], ...] = (
         "hypervisor",
         "aftermath",
         "machined",
+        "network",
         "readiness",
         "adopt",
         "guard",
@@ -46,7 +47,7 @@ LAYERS: tuple[set[str], ...] = (
         "guestagent",
     },
     {"diff", "install", "listing", "pcilisting"},
-    {"apply", "reconcile"},
+    {"apply", "init", "reconcile"},
     # Entry points, which nothing imports.
     {"generator", "helper", "cli"},
 )

@@ -22,6 +22,7 @@ from . import packages
 
 REPOSITORY = Path(__file__).parents[2]
 COMMANDS = ["adopt", "apply", "balloon", "build", "console", "create", "exec", "history"] + [
+    "init",
     "list",
     "logs",
     "pci",
