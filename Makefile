@@ -49,8 +49,8 @@ all:
 
 install:
 	$(INSTALL) -d $(addprefix $(DESTDIR),$(bindir) $(unitdir) $(generatordir) $(presetdir) \
-		$(sysusersdir) $(tmpfilesdir) $(modulesloaddir) $(udevrulesdir) $(bashcompletiondir) $(datadir) \
-		$(addprefix $(pkgdir)/,$(PACKAGES)) \
+		$(sysusersdir) $(tmpfilesdir) $(modulesloaddir) $(udevrulesdir) $(bashcompletiondir) \
+		$(datadir)/network $(addprefix $(pkgdir)/,$(PACKAGES)) \
 		$(addprefix $(mandir)/man,$(sort $(subst .,,$(suffix $(MANPAGES))))))
 	for package in $(PACKAGES); do \
 		$(INSTALL) -m 644 $$package*.py $(DESTDIR)$(pkgdir)/$$package || exit 1; done
@@ -68,6 +68,9 @@ install:
 	$(INSTALL) -m 644 data/modules-load.conf $(DESTDIR)$(modulesloaddir)/microvm-host.conf
 	$(INSTALL) -m 644 data/preset $(DESTDIR)$(presetdir)/90-microvm-host.preset
 	$(INSTALL) -m 644 data/microvm.schema.json $(DESTDIR)$(datadir)/microvm.schema.json
+	$(INSTALL) -m 644 $(wildcard data/network/*) $(DESTDIR)$(datadir)/network
+	# By this, the command finds them as in a checkout.
+	ln -srfn $(DESTDIR)$(datadir) $(DESTDIR)$(pkgdir)/data
 	for rules in $(RULES); do \
 		$(INSTALL) -m 644 udev/$$rules $(DESTDIR)$(udevrulesdir) || exit 1; done
 	for page in $(MANPAGES); do \
@@ -110,6 +113,8 @@ endif
 		$(DESTDIR)$(presetdir)/90-microvm-host.preset $(DESTDIR)$(bashcompletiondir)/microvm
 	for page in $(MANPAGES); do rm -f $(DESTDIR)$(mandir)/man$${page##*.}/$$page; done
 ifeq ($(DESTDIR),)
+	for file in $(notdir $(wildcard data/network/*)); do \
+		if [ -h /etc/systemd/network/$$file ]; then rm -f /etc/systemd/network/$$file; fi; done
 	rm -f /run/microvm-host.lock
 	rmdir --ignore-fail-on-non-empty /run/microvm-host 2>/dev/null || true
 	if [ -d /run/systemd/system ]; then systemctl daemon-reload; fi

@@ -74,14 +74,14 @@ _microvm() {
     if [[ $options ]]; then
         :
     elif [[ ! $command ]]; then
-        options='adopt apply balloon build console create exec history init list logs pci reconcile
-            remove restart rollback run show ssh start status stop update'
+        options='adopt apply balloon build console create exec history init list logs network pci
+            reconcile remove restart rollback run show ssh start status stop update'
         [[ $current != -* ]] || options='-l -c -u -r -s -h --help --version'
     elif [[ $current == -* ]]; then
         case $command in
             adopt) options='--from --user' ;;
             build) options='-o --output' ;;
-            balloon | history | show) options='--json' ;;
+            balloon | history | network | show) options='--json' ;;
             console) options='-r --read-only -e --escape -n --lines -w --wait' ;;
             exec) options='-i --stdin -t --timeout' ;;
             rollback) options='-R --restart' ;;
@@ -104,6 +104,11 @@ _microvm() {
                 for word in "${before[@]:1}"; do
                     [[ $word == -* ]] || return 0
                 done
+                ;;
+            network)
+                [[ ! ${before[*]:1} ]] || return 0
+                mapfile -t COMPREPLY < <(compgen -W 'disable enable' -- "$current")
+                return 0
                 ;;
             pci)
                 # `check`, and one VM after it.

@@ -47,6 +47,7 @@ NLM_F_REQUEST, NLM_F_ACK = 1, 4
 IFLA_GROUP = 27
 
 NODE_APPEARS_WITHIN = 2.0  # seconds
+BRIDGE_APPEARS_WITHIN = 5.0
 
 
 @frozen
@@ -119,11 +120,12 @@ def plan_taps(vm: str, taps: Iterable[Tap], identity: Identity, host: HostPaths)
     """What makes the taps of a VM.
 
     Raises:
-        MicrovmHostError: a name is taken by something that cannot be adopted, which it names.
+        MicrovmHostError: a name is taken by something that cannot be adopted, which it names; or
+            a bridge is missing, and has not come within seconds.
     """
     steps: list[Step] = []
     for tap in taps:
-        if tap.bridge is not None and not os.path.isdir(f"{host.net_device(tap.bridge)}/bridge"):
+        if tap.bridge is not None and not _await_bridge(f"{host.net_device(tap.bridge)}/bridge"):
             raise MicrovmHostError(
                 f"tap {tap.name} is to join {tap.bridge}, which is no bridge of this host",
                 hint=f"create it: ip link add {tap.bridge} type bridge",
@@ -134,6 +136,16 @@ def plan_taps(vm: str, taps: Iterable[Tap], identity: Identity, host: HostPaths)
         _check_adoptable(vm, tap, identity, host)
         steps.append(AdoptTap(tap))
     return steps
+
+
+def _await_bridge(path: str) -> bool:
+    """Wait for a bridge: at boot, who makes it may be up and not yet have come to that."""
+    deadline = time.monotonic() + BRIDGE_APPEARS_WITHIN
+    while not os.path.isdir(path):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def _check_adoptable(vm: str, tap: Tap, identity: Identity, host: HostPaths) -> None:

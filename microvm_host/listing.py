@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-from . import names, state, systemd
+from . import leases, names, state, systemd
 from .errors import MicrovmHostError
 from .frozen import frozen
 from .record import Record
@@ -62,6 +62,8 @@ class Row:
     problem: str = ""
     # Tags of shares whose virtiofsd has failed under the running guest.
     lost: tuple[str, ...] = ()
+    # Addresses of the running guest that the host knows.
+    addresses: tuple[str, ...] = ()
 
     @property
     def runs(self) -> bool:
@@ -99,12 +101,15 @@ def rows(
     host: HostPaths,
     only: tuple[str, ...] = (),
     newest_by_nix: Callable[[str, Source], Version | None] | None = None,
+    *,
+    neighbours: bool = False,
 ) -> list[Row]:
     """The VMs of this host, sorted by name.
 
     Args:
         only: these alone, in this order.
         newest_by_nix: finds out what a flake would give now; without it, flakes are not asked.
+        neighbours: tell addresses too that no DHCP server of this host gave.
 
     Raises:
         MicrovmHostError: systemd does not answer, or a VM of `only` does not exist.
@@ -124,8 +129,9 @@ def rows(
         "microvm-virtiofsd-*.service",
         *names.set_up_units("*"),
     )
+    known = leases.known(host, neighbours=neighbours)
     return [
-        _row(name, _active(name, active), _lost(name, active, host), host, newest_by_nix)
+        _row(name, _active(name, active), _lost(name, active, host), host, newest_by_nix, known)
         for name in only or sorted(present)
         if only or os.path.isdir(host.vm(name))
     ]
@@ -167,6 +173,7 @@ def _row(
     lost: tuple[str, ...],
     host: HostPaths,
     newest_by_nix: Callable[[str, Source], Version | None] | None,
+    known: dict[str, list[str]],
 ) -> Row:
     try:
         current = _version(host.current(name))
@@ -180,7 +187,15 @@ def _row(
             else f"no package in {host.vm(name)}"
         )
         return Row(name, active, None, booted, problem=problem)
-    return Row(name, active, current, booted, _newest(name, host, newest_by_nix), lost=lost)
+    newest = _newest(name, host, newest_by_nix)
+    row = Row(name, active, current, booted, newest, lost=lost)
+    if not (known and booted and row.runs):
+        return row
+    return Row(name, active, current, booted, newest, "", lost, _addresses(booted, known))
+
+
+def _addresses(booted: Version, known: dict[str, list[str]]) -> tuple[str, ...]:
+    return tuple(address for mac in leases.macs(booted.package) for address in known.get(mac, ()))
 
 
 def _version(link: str) -> Version | None:
@@ -233,20 +248,21 @@ def as_text(row: Row, paint: Callable[[str, str], str]) -> str:
         return f"{name}: {paint('red', 'broken')}, {row.problem}"
     command = paint("bold cyan", row.command) if row.command else ""
     current = row.current
+    at = "".join(f", {address}" for address in row.addresses)
     if row.state == "outdated" and row.newest is not None:
         old, new = labels(current, row.newest)
         reboot = " and reboot" if row.booted else ""
         return (
-            f"{name}: {paint('red', 'outdated')}({paint('red', old)}), "
+            f"{name}: {paint('red', 'outdated')}({paint('red', old)}){at}, "
             f"rebuild({paint('green', new)}){reboot}: {command}"
         )
     if row.state == "stale" and row.booted is not None:
         old, new = labels(row.booted, current)
         return (
-            f"{name}: {paint('red', 'stale')}({paint('red', old)}), "
+            f"{name}: {paint('red', 'stale')}({paint('red', old)}){at}, "
             f"reboot({paint('green', new)}): {command}"
         )
-    text = f"{name}: {paint('green', 'current')}({paint('green', current.label)})"
+    text = f"{name}: {paint('green', 'current')}({paint('green', current.label)}){at}"
     if row.active == "failed":
         return f"{text}, {paint('red', 'failed')}: {command}"
     if not row.runs:
@@ -281,5 +297,6 @@ def as_json(row: Row) -> dict[str, Any]:
         "newest": version(row.newest),
         "command": row.command,
         "lost_shares": list(row.lost),
+        "addresses": list(row.addresses),
         "problem": row.problem or None,
     }

@@ -228,6 +228,20 @@ class HostPaths:
         return self.at(f"/proc/{pid}")
 
     @property
+    def dhcp_leases(self) -> str:
+        """Holds a file for each DHCP server of systemd-networkd's, from systemd 257 on."""
+        return self.at("/var/lib/systemd/network/dhcp-server-lease")
+
+    @property
+    def arp_table(self) -> str:
+        return self.at("/proc/net/arp")
+
+    @property
+    def networkd_files(self) -> str:
+        """Where an administrator's files for systemd-networkd are (systemd.network(5))."""
+        return self.at("/etc/systemd/network")
+
+    @property
     def ipv4_routes(self) -> str:
         return self.at("/proc/net/route")
 

@@ -73,6 +73,7 @@ def facts(
         "tap-flags": ["vnet_hdr", *(["multi_queue"] if multi_queue else [])],
         "tap-interfaces": [each.id for each in guest.taps],
         "tap-bridges": [f"{each.id} {each.bridge}" for each in guest.taps if each.bridge],
+        "tap-macs": [f"{each.id} {each.mac}" for each in guest.taps],
         "macvtap-interfaces": [
             f"{each.id} {each.mac} {each.link} {each.mode}" for each in guest.macvtaps
         ],

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from .. import console as consoles
     from .. import init as initial
     from .. import install, listing, pcilisting, reconcile, runner, service, state, users
-    from . import access, built, fresh, jobs, table
+    from .. import network as networking
+    from . import access, built, fresh, jobs, networks, table
     from . import pci as pci_commands
 else:
     json = Later("json")
@@ -34,7 +35,8 @@ else:
     reconcile, runner, state = Later("..reconcile"), Later("..runner"), Later("..state")
     service, users = Later("..service"), Later("..users")
     access, built, fresh = Later(".access"), Later(".built"), Later(".fresh")
-    initial, jobs = Later("..init"), Later(".jobs")
+    initial, jobs, networks = Later("..init"), Later(".jobs"), Later(".networks")
+    networking = Later("..network")
     pci_commands, table = Later(".pci"), Later(".table")
 
 HOST = HostPaths.from_environment()
@@ -65,7 +67,7 @@ def list_(vms: tuple[str, ...], check: bool, as_json: bool) -> None:
     """Show each VM: whether it runs, which version is current and which is booted."""
     newest = _newest_by_nix if check else None
     if as_json:
-        rows = listing.rows(HOST, vms, newest)
+        rows = listing.rows(HOST, vms, newest, neighbours=True)
         click.echo(json.dumps([listing.as_json(row) for row in rows], indent=2))
     else:
         table.show_list(HOST, vms, newest)
@@ -366,7 +368,7 @@ def ssh(target: str, arguments: tuple[str, ...]) -> None:
 def status(vm: str, as_json: bool) -> None:
     """Show a VM: its package, its interfaces and shares, and its unit."""
     _existing(vm)
-    row = listing.rows(HOST, (vm,))[0]
+    row = listing.rows(HOST, (vm,), neighbours=True)[0]
     # What runs is what counts; a VM that is down shows what would run.
     link = HOST.booted(vm) if row.booted else HOST.current(vm)
     try:
@@ -398,6 +400,7 @@ def status(vm: str, as_json: bool) -> None:
         ("package", package.path),
         ("from", details["source"]),
         ("hypervisor", package.hypervisor),
+        ("addresses", ", ".join(row.addresses)),
         ("vsock CID", package.vsock_cid),
         ("readiness", _readiness(readiness, row.active)),
         ("taps", ", ".join(tap.name for tap in package.taps)),
@@ -447,6 +450,33 @@ def check_pci(vm: str, as_json: bool) -> None:
     _as_root()
     _existing(vm)
     pci_commands.check(vm, HOST, as_json=as_json)
+
+
+@microvm.group(invoke_without_command=True)
+@JSON
+@click.pass_context
+def network(context: click.Context, as_json: bool) -> None:
+    """Show the ready-made network of VMs, which systemd-networkd makes once it is enabled."""
+    if context.invoked_subcommand is None:
+        networks.show(HOST, as_json=as_json)
+    elif as_json:
+        raise UsageError(f"options of {context.invoked_subcommand} stand behind it")
+
+
+@network.command("enable")
+def enable_network() -> None:
+    """Make the network, now and at each boot: a bridge with DHCP and a way out."""
+    _as_root()
+    for line in networking.enable(HOST):
+        click.echo(line)
+
+
+@network.command("disable")
+def disable_network() -> None:
+    """Take the network away, once no VM is on it."""
+    _as_root()
+    for line in networking.disable(HOST):
+        click.echo(line)
 
 
 @microvm.command(context_settings={"ignore_unknown_options": True})

@@ -26,7 +26,7 @@ PACKAGE = REPOSITORY / "microvm_host"
 LAYERS: tuple[set[str], ...] = (
     {"errors", "frozen", "supervised", "vsock"},
     {"names", "paths", "identity", "interpreter", "process", "record", "source", "state", "sysfs"},
-    {"bus", "interfaces", "log", "pcibus", "runner", "control", "trust", "users"},
+    {"bus", "interfaces", "leases", "log", "pcibus", "runner", "control", "trust", "users"},
     {"attach", "declaration", "hostuse", "nodes", "pciids"},
     {"build", "guests", "plan", "service", "store", "systemd"},
     # What changes the host; these do not know of each other.
@@ -37,7 +37,6 @@ LAYERS: tuple[set[str], ...] = (
         "hypervisor",
         "aftermath",
         "machined",
-        "network",
         "readiness",
         "adopt",
         "guard",
@@ -46,7 +45,7 @@ LAYERS: tuple[set[str], ...] = (
         "console",
         "guestagent",
     },
-    {"diff", "install", "listing", "pcilisting"},
+    {"diff", "install", "listing", "network", "pcilisting"},
     {"apply", "init", "reconcile"},
     # Entry points, which nothing imports.
     {"generator", "helper", "cli"},
@@ -280,8 +279,8 @@ LISTING = (
     GROUND
     | ours(
         *("cli", "cli.classic", "cli.entry", "cli.table", "errors", "frozen", "identity"),
-        *("interpreter", "listing", "names", "paths", "process", "record", "source", "state"),
-        "systemd",
+        *("interpreter", "leases", "listing", "names", "paths", "process", "record", "source"),
+        *("state", "systemd"),
     )
     | {"time"}
 )

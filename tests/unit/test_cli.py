@@ -25,6 +25,7 @@ COMMANDS = ["adopt", "apply", "balloon", "build", "console", "create", "exec", "
     "init",
     "list",
     "logs",
+    "network",
     "pci",
     "reconcile",
     "remove",

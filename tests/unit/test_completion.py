@@ -109,6 +109,8 @@ def test_offers_the_options_that_click_knows(name: str) -> None:
         ("microvm create ", ""),
         ("microvm apply ", ""),
         ("microvm ssh up l", ""),
+        ("microvm network ", "disable enable"),
+        ("microvm network enable ", ""),
         # Readline parts words at these: only what comes after is for us to give.
         ("microvm stop a:", "b"),
         ("microvm ssh root@u", "up"),

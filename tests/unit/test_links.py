@@ -141,11 +141,23 @@ def test_tap_of_this_vm(host: HostPaths) -> None:
 
 
 @pytest.mark.parametrize("exists", [False, True])
-def test_bridge_that_is_none(host: HostPaths, exists: bool) -> None:
+def test_bridge_that_is_none(
+    host: HostPaths, exists: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(links, "BRIDGE_APPEARS_WITHIN", 0.1)
     if exists:
         interface(host, "eth0", device="")
     with pytest.raises(MicrovmHostError, match="join eth0, which is no bridge of this host"):
         links.plan_taps("web", [Tap("a", bridge="eth0")], NOBODY, host)
+
+
+def test_bridge_that_comes_late(host: HostPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sleep(seconds: float) -> None:
+        os.makedirs(f"{host.net_device('br0')}/bridge")
+
+    monkeypatch.setattr("time.sleep", sleep)
+    (step,) = links.plan_taps("web", [Tap("a", bridge="br0")], NOBODY, host)
+    assert step.describe() == "create tap a for nobody, joined to br0"
 
 
 def test_without_tun(host: HostPaths) -> None:
