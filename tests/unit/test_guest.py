@@ -179,8 +179,8 @@ EXAMPLES: dict[str, dict[str, str]] = {
 }
 # This project's additions, which microvm.nix does not write (docs/runner-package.md).
 ADDITIONS = {"control-protocol", "control-socket", "event-log", "machine-uuid", "readiness"} | {
-    *("agent-socket", "console-socket"),
-    *("notify-socket", "tap-bridges", "read-only", "cache", "posix-acl", "extra-args"),
+    *("agent-socket", "console-socket", "notify-socket", "tap-bridges", "tap-macs"),
+    *("read-only", "cache", "posix-acl", "extra-args"),
 }
 
 
