@@ -7,7 +7,6 @@ from ..paths import MICROVM_BALLOON, MICROVM_RUN, MICROVM_SHUTDOWN, PCI_DEVICES
 from . import kernels, limits, macvtaps, payload, scripts, shell
 from .facts import facts, notify_socket, notify_word
 from .limits import plain
-from .shell import Variable, word
 from .tools import hypervisor
 from .tree import File, Tree
 
@@ -42,7 +41,7 @@ def build(guest: Guest, tools: Tools) -> Tree:
     entries = facts(guest, tools, multi_queue=False)
     entries |= payload.files(guest, tools)
     taps = macvtaps.descriptors(guest, 1)
-    root = f"{guest.name}-root"
+    root = f"./{guest.name}-root"
     sockets = [guest.socket] if guest.socket is not None else []
     entries[MICROVM_RUN] = File(
         scripts.run(
@@ -51,7 +50,7 @@ def build(guest: Guest, tools: Tools) -> Tree:
             [path, "run", *_arguments(guest, root, taps), *guest.extra_arguments, payload.KERNEL],
             last=[
                 scripts.stale(*sockets),
-                f"# Empty, for the sandbox of each device.\nmkdir -p {shell.quoted(f'./{root}')}",
+                f"# Empty, for the sandbox of each device.\nmkdir -p {shell.quoted(root)}",
                 macvtaps.opened(taps),
             ],
         ),
@@ -84,7 +83,7 @@ def _arguments(guest: Guest, root: str, taps: dict[str, tuple[int, ...]]) -> Ite
         yield from ("--socket", guest.socket)
     yield from ("--cpus", str(guest.vcpu), "--mem", str(guest.mem))
     yield from ("--serial", "type=stdout,hardware=serial,num=1,console=true,stdin=true")
-    yield from ("--pivot-root", word(Variable("PWD"), f"/{root}"))
+    yield from ("--pivot-root", root)
     yield from ("--params", _parameters(guest))
     if guest.initrd is not None:
         yield from ("--initrd", payload.INITRD)

@@ -124,7 +124,7 @@ CROSVM = Syntax(
                 "path": TEXT,
             }
         ),
-        "--pivot-root": Value(r"/.+"),
+        "--pivot-root": Value(),
         "--params": Value(),
         "--initrd": Value(),
         "--no-balloon": None,
