@@ -103,7 +103,7 @@ class Terminal:
     """The terminal on standard input, if there is one, made to hand on each key.
 
     Raw, it hands on all of them; otherwise those stay that send signals. It is as it was before
-    when this ends, whatever ends it but SIGKILL.
+    when this ends, whatever ends it but SIGKILL: other signals become errors meanwhile.
     """
 
     def __init__(self, *, raw: bool) -> None:
@@ -112,10 +112,12 @@ class Terminal:
         self._handlers: dict[int, object] = {}
 
     def __enter__(self) -> Terminal:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            # nohup(1) has the latter ignored.
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self._handlers[number] = signal.signal(number, _end)
         if os.isatty(0):
             self._saved = termios.tcgetattr(0)
-            for number in (signal.SIGTERM, signal.SIGHUP):
-                self._handlers[number] = signal.signal(number, _end)
             (tty.setraw if self._raw else tty.setcbreak)(0, termios.TCSANOW)
         return self
 
@@ -125,10 +127,9 @@ class Terminal:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._saved is None:
-            return
         try:
-            termios.tcsetattr(0, termios.TCSANOW, self._saved)  # type: ignore[arg-type]
+            if self._saved is not None:
+                termios.tcsetattr(0, termios.TCSANOW, self._saved)  # type: ignore[arg-type]
         except termios.error:
             # The terminal has gone.
             pass

@@ -137,6 +137,7 @@ def test_devices_from_inside(toolkit: Toolkit, guest: str) -> None:
     assert any(f"GUEST {guest}: rng virtio_rng" in line for line in lines), text
 
 
+@pytest.mark.core
 def test_console_on_a_terminal(toolkit: Toolkit, guest: str) -> None:
     console = Console(toolkit, terminal=True)
     console.await_text(f"[microvm: {guest}: connected; ^] detaches]")
@@ -160,6 +161,7 @@ def test_console_on_a_terminal(toolkit: Toolkit, guest: str) -> None:
     assert "console read: again" in "\n".join(toolkit.journal(guest))
 
 
+@pytest.mark.core
 def test_one_types_and_all_see(toolkit: Toolkit, guest: str) -> None:
     first = Console(toolkit)
     first.await_text("connected")
@@ -234,6 +236,7 @@ def test_the_users_rights_are_enough_for_no_other(toolkit: Toolkit, guest: str) 
     assert done.returncode == 255 and "Permission denied; try as root" in done.stderr
 
 
+@pytest.mark.core
 def test_an_end_is_told(toolkit: Toolkit, guest: str) -> None:
     console, reader = Console(toolkit), Console(toolkit, "-r")
     console.await_text("connected")
