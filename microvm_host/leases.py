@@ -91,7 +91,9 @@ def _persisted(path: str) -> list[tuple[str, str]]:
 
     now = time.time() * 1e6
     try:
-        with open(path, encoding="utf-8") as source:
+        # networkd's user could put something there that is to be waited for.
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(file, encoding="utf-8") as source:
             leases = json.load(source)["Leases"]
         return [
             (_mac(each["HardwareAddress"]), _address(each["Address"]))

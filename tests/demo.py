@@ -20,6 +20,8 @@ from tests.system.toolkit import IMAGE, Toolkit
 
 NAME = "demo"
 PACKAGE = "/opt/demo-package"
+# A guest that the toolkit makes itself.
+INITIAL = "web"
 HOST_ADDRESS, GUEST_ADDRESS = "10.77.0.1", "10.77.0.2"
 
 
@@ -105,9 +107,18 @@ def demonstrate(toolkit: Toolkit, show: Show, *, with_shell: bool) -> None:
         "powering off",
     )
     show.command("microvm -l", "not booted")
+
+    show.step(
+        "Without a package: a guest of the host's own kernel and busybox, and its declaration"
+    )
+    show.command(f"microvm init {INITIAL}", f"declared /etc/microvms/{INITIAL}.toml")
+    show.command(f"systemctl start microvm@{INITIAL}")
+    toolkit.await_line(INITIAL, "log in as root")
+    show.command(f"journalctl -u microvm@{INITIAL} -o cat -n 3", "log in as root")
+    show.command(f"systemctl stop microvm@{INITIAL}")
     show.step("Nothing is left behind: interfaces, sockets, units, processes, records")
     toolkit.await_footprint(before)
-    show.command(f"ip -brief link; systemctl list-units 'microvm*{NAME}*'; ls -A /run/microvm-host")
+    show.command("ip -brief link; systemctl list-units 'microvm@*'; ls -A /run/microvm-host")
 
 
 def main() -> int:

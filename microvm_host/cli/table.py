@@ -38,7 +38,7 @@ def show_list(
     rows = listing.rows(host, only, newest_by_nix)
     if not rows:
         sys.stderr.write(
-            f"no microVMs in {host.state}; `microvm create NAME --runner PATH` makes one\n"
+            f"no microVMs in {host.state}; `microvm init NAME` makes one to begin with\n"
         )
     sys.stdout.write("".join(f"{listing.as_text(row, paint)}\n" for row in rows))
     sys.stdout.flush()

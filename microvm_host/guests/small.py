@@ -134,7 +134,7 @@ _FILES = {
     "etc/acpi/PWRF/00000080": ("#!/bin/sh\npoweroff\n", 0o755),
     "etc/passwd": ("root::0:0:root:/root:/bin/sh\n", 0o644),
     "etc/group": ("root:x:0:\n", 0o644),
-    "etc/profile": ("PATH=/bin\nPS1='\\u@\\h:\\w\\$ '\n", 0o644),
+    "etc/profile": ('PATH=/bin\nPS1="root@$(hostname):\\$PWD# "\n', 0o644),
     "etc/issue": (
         "\nThe small guest of microvm-host, Linux \\r: log in as root, without a password.\n\n",
         0o644,

@@ -73,7 +73,7 @@ def test_its_prompt_lets_root_in(toolkit: Toolkit, vm: str) -> None:
     toolkit.systemctl("start", f"microvm@{vm}")
     terminal.expect(f"\n{vm} login: ")
     terminal.type("root")
-    terminal.expect(f"root@{vm}:~#")
+    terminal.expect(f"root@{vm}:/root#")
     terminal.type("id; hostname; grep MemTotal /proc/meminfo; cat /sys/class/block/vda/size")
     seen = terminal.expect("32768\n")
     assert "uid=0(root)" in seen and f"\n{vm}\n" in seen

@@ -103,7 +103,7 @@ def enable_networkd(toolkit: Toolkit) -> None:
 def log_in(terminal: Terminal, vm: str) -> None:
     terminal.expect(f"{vm} login: ")
     terminal.type("root")
-    terminal.expect(f"root@{vm}:~#")
+    terminal.expect(f"root@{vm}:/root#")
 
 
 @on("trixie")

@@ -90,6 +90,12 @@ def test_a_broken_file_hides_no_other(text: str, host: HostPaths, silent: None) 
     assert leases.known(host) == {MAC: ["192.168.87.103"]}
 
 
+def test_a_pipe_is_not_waited_for(host: HostPaths, silent: None) -> None:
+    write(host, lease())
+    os.mkfifo(f"{host.dhcp_leases}/pipe")
+    assert leases.known(host) == {MAC: ["192.168.87.103"]}
+
+
 def test_an_older_networkd_is_asked(host: HostPaths, monkeypatch: pytest.MonkeyPatch) -> None:
     os.makedirs(host.net_device("mvbr0") + "/bridge")
     Path(host.net_device("mvbr0"), "ifindex").write_text("12\n")

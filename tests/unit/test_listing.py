@@ -223,7 +223,7 @@ def test_nothing_to_list(
     table.show_list(host)
     found = capsys.readouterr()
     assert found.out == ""
-    assert found.err.startswith(f"no microVMs in {host.state}; `microvm create")
+    assert found.err.startswith(f"no microVMs in {host.state}; `microvm init")
 
 
 def test_a_package_whose_path_commands_the_terminal(scene: Scene) -> None:
