@@ -44,11 +44,19 @@ ON_DEMAND = (
     "9p",
     "vmw_vsock_virtio_transport",
     "pvpanic_pci",
+    "qemu_fw_cfg",
     "8139cp",
     "e1000",
     "e1000e",
     "igb",
 )
+
+# Loaded when a disk is to be mounted, by the name of its file system.
+FILESYSTEMS = {
+    "vfat": ("nls_cp437", "nls_ascii", "vfat"),
+    "ext4": ("ext4",),
+    "erofs": ("erofs",),
+}
 
 # A device's modalias is compared with these buses' patterns only; others cannot be in the guest.
 BUSES = ("virtio:", "pci:", "acpi")
@@ -152,6 +160,8 @@ class Modules:
     """Paths to load at boot, dependencies first."""
     aliases: list[tuple[str, list[str]]]
     """A device's pattern, and what to load for it, dependencies first."""
+    filesystems: list[tuple[str, list[str]]]
+    """A file system, and what to load for it, dependencies first."""
 
 
 def collect_modules(kernel: Kernel) -> Modules:
@@ -169,7 +179,7 @@ def collect_modules(kernel: Kernel) -> Modules:
     builtin = {_module_name(line) for line in builtin_file.read_text().splitlines()}
 
     chains: dict[str, list[str]] = {}
-    for name in (*ALWAYS, *ON_DEMAND):
+    for name in (*ALWAYS, *ON_DEMAND, *(name for each in FILESYSTEMS.values() for name in each)):
         if name in paths:
             # modules.dep has the nearest dependency first; loading wants the farthest first.
             chains[name] = [*reversed(depends[paths[name]]), paths[name]]
@@ -191,7 +201,11 @@ def collect_modules(kernel: Kernel) -> Modules:
         for pattern, name in [*_read_aliases(kernel.modules / "modules.alias"), *by_mount]
         if name in chains
     ]
-    return Modules(files=files, always=always, aliases=aliases)
+    filesystems = [
+        (kind, [_bare(path) for name in modules for path in chains.get(name, [])])
+        for kind, modules in FILESYSTEMS.items()
+    ]
+    return Modules(files=files, always=always, aliases=aliases, filesystems=filesystems)
 
 
 def _module_name(path: str) -> str:
@@ -324,6 +338,10 @@ def write_initrd(stream: IO[bytes], *, busybox: Path, modules: Modules) -> None:
     archive.file(
         "lib/guest/aliases",
         _lines(f"{pattern} {' '.join(chain)}" for pattern, chain in modules.aliases),
+    )
+    archive.file(
+        "lib/guest/filesystems",
+        _lines(f"{kind} {' '.join(chain)}" for kind, chain in modules.filesystems),
     )
     archive.file("init", INIT.read_bytes(), 0o755)
     archive.finish()

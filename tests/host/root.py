@@ -63,6 +63,14 @@ PACKAGES = (
     # what a small guest is made of
     "busybox-static",
     "cpio",
+    # what disks of declared guests are made with
+    "btrfs-progs",
+    "dosfstools",
+    "e2fsprogs",
+    "erofs-utils",
+    "mtools",
+    "qemu-utils",
+    "xfsprogs",
     # what tests and people at `make demo-shell` use
     "make",
     "man-db",
@@ -76,8 +84,12 @@ PACKAGES = (
     "openssh-server",
 )
 
-# Debian's bookworm has no virtiofsd of its own; the old one in C comes with QEMU there.
-PACKAGES_OF_SUITE = {"trixie": ("virtiofsd",), "sid": ("virtiofsd",)}
+# Debian's bookworm has no virtiofsd of its own; the old one in C comes with QEMU there. And its
+# mke2fs reads no archives, which the later ones do by this library.
+PACKAGES_OF_SUITE = {
+    "trixie": ("virtiofsd", "libarchive13t64"),
+    "sid": ("virtiofsd", "libarchive13t64"),
+}
 
 # Documentation of several hundred packages is a quarter of the files, and nobody reads it there.
 # The options are dropped from the finished root, so that what a test installs keeps its pages.
