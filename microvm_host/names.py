@@ -22,6 +22,8 @@ _OWN_USER = "microvm-"
 
 # A host name's limit (RFC 1035): the guest is likely to be called the same.
 VM_NAME_MAX = 63
+# hostname(7), with its domain.
+HOST_NAME_MAX = 253
 # IFNAMSIZ of linux/if.h is 16, with the final NUL.
 INTERFACE_NAME_MAX = 15
 # virtio 1.2, 5.11.4: the tag is a field of 36 bytes.
@@ -29,6 +31,10 @@ TAG_MAX = 36
 
 # The strictest rule of what reads user names: systemd.io/USER_NAMES, and utmp's 32 bytes.
 USER_NAME_MAX = 31
+
+_FILE_NAME = _ALPHANUMERIC | frozenset("_.-")
+# NAME_MAX of linux/limits.h.
+FILE_NAME_MAX = 255
 
 MACVTAP_MODES = ("private", "vepa", "bridge", "passthru", "source")
 
@@ -62,6 +68,26 @@ def user_name(text: str) -> str:
     if len(text) > USER_NAME_MAX:
         raise NameInvalid(f"the user's name {text!r} is longer than {USER_NAME_MAX} characters")
     return text
+
+
+def guest_user_name(text: str) -> str:
+    """Check the name of a user or a group of a guest, by the rule of Debian's adduser(8)."""
+    if not _PLAIN.issuperset(text) or text[:1] in "-0123456789" or len(text) > USER_NAME_MAX:
+        raise NameInvalid(
+            f"{text[:80]!r} cannot be the name of a guest's user or group",
+            hint=f"at most {USER_NAME_MAX} of a to z, digits, '_' and '-' can, beginning with a "
+            "letter or '_'",
+        )
+    return text
+
+
+def is_host_name(text: str) -> bool:
+    """Whether a text can be a host name, with its domain or without (hostname(7))."""
+    allowed = _ALPHANUMERIC | {"-"}
+    return len(text) <= HOST_NAME_MAX and all(
+        0 < len(part) <= VM_NAME_MAX and allowed.issuperset(part) and "-" not in (part[0], part[-1])
+        for part in text.split(".")
+    )
 
 
 def own_user(vm: str) -> str:
@@ -182,6 +208,16 @@ def machine_uuid(text: str) -> str:
     if "-" in text and text.lower() != whole:
         raise NameInvalid(f"{text!r} is not a UUID")
     return whole
+
+
+def file_name(text: str) -> str:
+    """Check the name of a file that is made for a VM; plain, so that it is one word anywhere."""
+    if not _FILE_NAME.issuperset(text) or text[:1] in ("", ".") or len(text) > FILE_NAME_MAX:
+        raise NameInvalid(
+            f"{text[:80]!r} cannot be the name of a file here",
+            hint="letters, digits, '-', '_' and '.' can, not beginning with '.'",
+        )
+    return text
 
 
 def escape(text: str) -> str:

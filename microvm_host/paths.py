@@ -52,6 +52,16 @@ PROGRAM_PLACES = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", 
 QEMU_PLACES = (*PROGRAM_PLACES, "/usr/libexec")
 
 
+# Holds one directory a VM, with what root hands to its user for as long as it runs. Packages name
+# files in there.
+PRIVATE = "/run/microvm-host-private"
+
+
+def private_file(vm: str, name: str) -> str:
+    """Where a private file of a VM is for the hypervisor, as packages of that VM name it."""
+    return f"{PRIVATE}/{vm}/{name}"
+
+
 @frozen
 class HostPaths:
     """The host's paths below `root` (`/` but in tests and images)."""
@@ -141,6 +151,10 @@ class HostPaths:
 
     def record(self, name: str, what: str) -> str:
         return f"{self.records}/{name}/{what}"
+
+    def private(self, name: str) -> str:
+        """Holds what was handed to the user of one VM."""
+        return self.at(f"{PRIVATE}/{name}")
 
     @property
     def pci_lock(self) -> str:

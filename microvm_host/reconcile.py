@@ -19,7 +19,7 @@ import stat
 import time
 from contextlib import contextmanager
 
-from . import links, names, pci, process, shares, source, systemd
+from . import handover, links, names, pci, process, shares, source, systemd
 from .errors import MicrovmHostError
 from .frozen import frozen
 from .record import Record, remove_sockets
@@ -80,6 +80,11 @@ def _undo_pci(record: Record, vm: str, host: HostPaths) -> list[str]:
         return pci.undo(record, host)
 
 
+def _undo_private(record: Record, vm: str, host: HostPaths) -> list[str]:
+    handover.take_back(vm, record, host)
+    return []
+
+
 def _forget_booted(record: Record, vm: str, host: HostPaths) -> list[str]:
     if not os.path.islink(host.vm(vm)):
         remove_sockets(record, host.vm(vm))
@@ -99,15 +104,20 @@ UNDO: dict[str, Callable[[Record, str, HostPaths], list[str]]] = {
     "macvtap-interfaces": _undo_macvtaps,
     "tap-interfaces": _undo_taps,
     pci.WHAT: _undo_pci,
+    handover.WHAT: _undo_private,
     "booted": _forget_booted,
     "ends": _forget,
     "lost-shares": _forget,
 }
 
 # What the lines of records stand for, by their verb. Others tell nothing that has to be undone.
-_THINGS = {"tap": "tap", "macvtap": "macvtap", "unit": "unit", "socket": "socket"} | {
-    "device": "PCI device"
-}
+_THINGS = {
+    "files": "private files",
+    "tap": "tap",
+    "macvtap": "macvtap",
+    "unit": "unit",
+    "socket": "socket",
+} | {"device": "PCI device"}
 
 
 @frozen

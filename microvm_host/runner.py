@@ -83,6 +83,14 @@ class Share:
 
 
 @frozen
+class PrivateFile:
+    """A file of root's, `source`, that the VM's user finds by `name` while the VM runs."""
+
+    name: str
+    source: str
+
+
+@frozen
 class ControlSocket:
     """Where the hypervisor takes commands, relative to the state directory, and in which words."""
 
@@ -127,6 +135,7 @@ class Package:
     agent_socket: str | None = None
     event_log: str | None = None
     machine_uuid: str | None = None
+    private_files: tuple[PrivateFile, ...] = ()
 
     @property
     def version(self) -> str:
@@ -166,6 +175,7 @@ def load(path: str) -> Package:
         agent_socket=reader.one(f"{SHARE}/agent-socket", _relative),
         event_log=reader.one(f"{SHARE}/event-log", _relative),
         machine_uuid=reader.one(f"{SHARE}/machine-uuid", names.machine_uuid),
+        private_files=reader.private_files(),
     )
 
 
@@ -441,6 +451,23 @@ class _Reader:
 
     def pci_devices(self) -> tuple[str, ...]:
         return self.names_in(f"{SHARE}/pci-devices", names.pci_address)
+
+    def private_files(self) -> tuple[PrivateFile, ...]:
+        file = f"{SHARE}/private-files"
+        found: dict[str, PrivateFile] = {}
+        for line, text in self.lines(file):
+            # A path may hold spaces, and a name none.
+            name, _, source = text.partition(" ")
+            self.checked(file, line, name, names.file_name)
+            problem = ""
+            if not source.startswith("/") or not source.isprintable():
+                problem = f"{source!r} is not an absolute path"
+            elif name in found:
+                problem = f"{name!r} stands here twice"
+            if problem:
+                raise PackageError(problem, path=self.at(file), line=line)
+            found[name] = PrivateFile(name, source)
+        return tuple(found.values())
 
     def shares(self) -> tuple[Share, ...]:
         shares: list[Share] = []

@@ -7,7 +7,7 @@ It has no control socket: nothing can ask its guest to shut down, or take memory
 from __future__ import annotations
 
 from ..paths import MICROVM_RUN
-from . import kernels, limits, macvtaps, payload, scripts
+from . import kernels, limits, macvtaps, payload, scripts, seed
 from .facts import facts, notify_socket, notify_word
 from .limits import plain
 from .refused import Refused
@@ -71,7 +71,7 @@ def _arguments(guest: Guest, kind: str) -> Iterator[Word | str]:
         words.append(notify_word(notify_socket(guest.vsock_cid)))
     yield from ("--cmdline", " ".join(words))
     yield "--entropy"
-    for number, volume in enumerate(guest.volumes):
+    for number, volume in enumerate(seed.disks(guest)):
         image = _file(guest, ("volumes", number, "image"), volume.image)
         read_only = "true" if volume.read_only else "false"
         yield from ("--blk", f"file,path={image},readonly={read_only}")

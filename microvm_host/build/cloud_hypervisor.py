@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from ..paths import MICROVM_BALLOON, MICROVM_RUN, MICROVM_SHUTDOWN, PCI_DEVICES
-from . import kernels, limits, macvtaps, payload, programs, scripts, shell
+from . import kernels, limits, macvtaps, payload, programs, scripts, seed, shell
 from .facts import OWN_NOTIFY_SOCKET, OWN_VSOCK, facts
 from .limits import plain
 from .refused import Refused
@@ -118,7 +118,7 @@ def _arguments(
         deflates = "on" if guest.deflate_on_oom else "off"
         size = f"size={guest.initial_balloon_mem}M"
         yield from ("--balloon", f"{size},deflate_on_oom={deflates},free_page_reporting=on")
-    if guest.volumes:
+    if seed.disks(guest):
         yield from ("--disk", *_disks(guest, tools))
     if guest.interfaces:
         yield from ("--net", *_nets(guest, taps))
@@ -154,7 +154,7 @@ def _platform(guest: Guest) -> str:
 
 
 def _disks(guest: Guest, tools: Tools) -> Iterator[str]:
-    for number, volume in enumerate(guest.volumes):
+    for number, volume in enumerate(seed.disks(guest)):
         at = ("volumes", number)
         options = [
             f"path={plain(guest, (*at, 'image'), volume.image, _SPECIAL)}",

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from ..paths import MICROVM_BALLOON, MICROVM_RUN, MICROVM_SHUTDOWN, PCI_DEVICES
-from . import kernels, limits, macvtaps, payload, scripts, shell
+from . import kernels, limits, macvtaps, payload, scripts, seed, shell
 from .facts import facts, notify_socket, notify_word
 from .limits import plain
 from .tools import hypervisor
@@ -93,7 +93,7 @@ def _arguments(guest: Guest, root: str, taps: dict[str, tuple[int, ...]]) -> Ite
         yield "--balloon-page-reporting"
         if not guest.deflate_on_oom:
             yield "--strict-balloon"
-    for number, volume in enumerate(guest.volumes):
+    for number, volume in enumerate(seed.disks(guest)):
         at = ("volumes", number)
         options = [
             f"path={plain(guest, (*at, 'image'), volume.image, _SPECIAL)}",

@@ -7,7 +7,7 @@ Those that microvm.nix writes have its bytes; the others are this project's addi
 from __future__ import annotations
 
 from ..paths import MICROVM_REGISTER, MICROVM_UNREGISTER
-from . import shell
+from . import credentials, seed, shell
 from .tree import File
 
 TYPE_CHECKING = False
@@ -45,6 +45,11 @@ def notify_word(socket: str) -> str:
     is ready (systemd(1), systemd.set_credential=), for machines that have no other way.
     """
     return f"systemd.set_credential=vmm.notify_socket:{socket}"
+
+
+def private_files(guest: Guest) -> list[tuple[str, str]]:
+    """What root hands to the VM's user at each start: names, and paths of the host."""
+    return [*credentials.private_files(guest), *seed.private_files(guest)]
 
 
 def facts(
@@ -96,6 +101,7 @@ def facts(
         lines["console-socket"] = [console]
     if agent is not None:
         lines["agent-socket"] = [agent]
+    lines["private-files"] = [f"{name} {path}" for name, path in private_files(guest)]
     for share in guest.virtiofs:
         lines |= _share(share)
     found: dict[str, File | Copy | Link] = {

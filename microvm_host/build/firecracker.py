@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 
 from ..paths import MICROVM_BALLOON, MICROVM_RUN, MICROVM_SHUTDOWN, OPENED
-from . import kernels, limits, payload, programs, scripts, shell
+from . import kernels, limits, payload, programs, scripts, seed, shell
 from .facts import OWN_NOTIFY_SOCKET, OWN_VSOCK, facts, notify_word
 from .refused import Refused
 from .shell import PACKAGE_VARIABLE, word
@@ -127,7 +127,7 @@ def _configuration(guest: Guest) -> dict[str, Any]:
                 # By default the guest's wish to have it on the disk is not listened to.
                 "cache_type": "Writeback",
             }
-            for number, volume in enumerate(guest.volumes)
+            for number, volume in enumerate(seed.disks(guest))
         ],
         "network-interfaces": [
             {

@@ -7,7 +7,7 @@ It has no way to ask a guest to shut down: `lkvm stop` pulls the plug.
 from __future__ import annotations
 
 from ..paths import MICROVM_BALLOON, MICROVM_RUN
-from . import kernels, limits, macvtaps, payload, scripts, shell
+from . import kernels, limits, macvtaps, payload, scripts, seed, shell
 from .facts import facts, notify_socket, notify_word
 from .limits import plain
 from .refused import Refused
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ..declaration.guest import Guest
+    from ..declaration.locate import Path
     from .shell import Word
     from .tools import Tools
 
@@ -69,10 +70,11 @@ def _check(guest: Guest) -> None:
             "kvmtool gives a guest with neither initrd nor volumes the host's own file system",
             "add one of them",
         )
-    if len(guest.volumes) > _DISKS_MAX:
-        raise Refused(
-            ("volumes", _DISKS_MAX), f"kvmtool has room for {_DISKS_MAX} disks, not for more"
-        )
+    if len(seed.disks(guest)) > _DISKS_MAX:
+        # The last is cloud-init's seed, if there is one.
+        is_seed = len(guest.volumes) == _DISKS_MAX
+        at: Path = ("cloudInit",) if is_seed else ("volumes", _DISKS_MAX)
+        raise Refused(at, f"kvmtool has room for {_DISKS_MAX} disks, not for more")
     if guest.mem < _MEMORY_MIN:
         raise Refused(("mem",), f"mem = {guest.mem} is less than kvmtool's {_MEMORY_MIN} MB")
     users = [number for number, each in enumerate(guest.interfaces) if each.type == "user"]
@@ -96,7 +98,7 @@ def _arguments(guest: Guest) -> Iterator[Word | str]:
     yield from ("--params", " ".join(words))
     if guest.balloon:
         yield "--balloon"
-    for number, volume in enumerate(guest.volumes):
+    for number, volume in enumerate(seed.disks(guest)):
         # A relative path could be one of its root directories by name, or `scsi:`.
         image = volume.image if volume.image.startswith("/") else f"./{volume.image}"
         options = ["direct"] if volume.direct else []

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The guest's kernel and initial RAM disk in its package."""
+"""What the guest boots from, in its package: kernel, initial RAM disk, cloud-init's seed."""
 
 from __future__ import annotations
 
+from . import seed
 from .shell import PACKAGE_VARIABLE, word
 from .tree import Copy
 
@@ -22,7 +23,7 @@ def files(guest: Guest, tools: Tools) -> dict[str, File | Copy | Link]:
     found: dict[str, File | Copy | Link] = {_KERNEL: _copy(guest.kernel, tools)}
     if guest.initrd is not None:
         found[_INITRD] = _copy(guest.initrd, tools)
-    return found
+    return found | seed.files(guest)
 
 
 def _copy(path: str, tools: Tools) -> Copy:

@@ -8,7 +8,7 @@ of a macvtap) the script finds out by itself, and starts no process for the firs
 from __future__ import annotations
 
 from ..paths import MICROVM_BALLOON, MICROVM_RUN, MICROVM_SHUTDOWN
-from . import limits, macvtaps, payload, programs, scripts, shell
+from . import credentials, limits, macvtaps, payload, programs, scripts, seed, shell
 from .facts import facts, notify_socket
 from .refused import Refused
 from .shell import PACKAGE_VARIABLE, Variable, word
@@ -35,6 +35,8 @@ _HOTPLUG_UNIT = 2
 _FORMATS = {"vhd": "vpc"}
 # Where the guest's systemd finds credentials (systemd.system-credentials(7)).
 _CREDENTIALS = "opt/io.systemd.credentials"
+# FW_CFG_MAX_FILE_PATH of QEMU's include/hw/nvram/fw_cfg.h is 56, with the final NUL.
+_CREDENTIAL_MAX = 55 - len(_CREDENTIALS) - 1
 
 _PROBE = """\
 # KVM by what the CPU can do: /dev/kvm may be there, and open, where no guest would ever run.
@@ -183,6 +185,13 @@ class _Machine:
                     ("forwardPorts", number, "proto"),
                     "forwardPorts.proto = 'udp': QEMU forwards only TCP from a guest",
                 )
+        for name, _ in guest.credential_files:
+            if len(name) > _CREDENTIAL_MAX:
+                raise Refused(
+                    ("credentialFiles", name),
+                    f"credentialFiles.{name} has more than {_CREDENTIAL_MAX} characters in its "
+                    "name, the most for QEMU's fw_cfg",
+                )
         for name, _ in guest.qemu.machine_opts:
             if name == "type":
                 raise Refused(
@@ -196,7 +205,7 @@ class _Machine:
             raise Refused(at, "qemu.machineOpts.pcie = 'off' leaves no bus for devices of the host")
         count = len(guest.volumes) + len(guest.interfaces) + len(guest.shares)
         # Beside these: random numbers, the agent's port, the balloon, the vsock.
-        count += 2 + guest.balloon + (guest.vsock_cid is not None)
+        count += 2 + len(seed.volumes(guest)) + guest.balloon + (guest.vsock_cid is not None)
         if count > _MMIO_MAX:
             raise Refused(
                 at,
@@ -244,7 +253,7 @@ class _Machine:
                 *("virtio-balloon", "id=balloon0", "free-page-reporting=on"),
                 f"deflate-on-oom={deflates}",
             )
-        for number, volume in enumerate(guest.volumes):
+        for number, volume in enumerate(seed.disks(guest)):
             argv += self._volume(number, volume)
         for number, share in enumerate(guest.shares):
             argv += self._share(number, share)
@@ -415,7 +424,7 @@ class _Machine:
     def _credentials(self) -> Words:
         guest = self._guest
         argv: Words = []
-        for name, path in guest.credential_files:
+        for name, path in credentials.files(guest):
             # Its contents never stand on a command line.
             argv += ["-fw_cfg", f"name={_CREDENTIALS}/{name},file={_escaped(path)}"]
         if guest.readiness == "guest" and guest.vsock_cid is not None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from . import shell, volumes
+from . import seed, shell, volumes
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def run(
         shell.assigned(argv),
         _SHOW,
         volumes.creation(guest, tools),
+        seed.creation(guest, tools),
         *last,
         'exec "$@"',
     )

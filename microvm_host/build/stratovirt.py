@@ -7,7 +7,7 @@ That machine has no power button: its QMP has no way to ask a guest to shut down
 from __future__ import annotations
 
 from ..paths import MICROVM_BALLOON, MICROVM_RUN
-from . import kernels, limits, macvtaps, payload, programs, scripts, shell
+from . import kernels, limits, macvtaps, payload, programs, scripts, seed, shell
 from .facts import facts, notify_socket, notify_word
 from .limits import plain
 from .refused import Refused
@@ -77,7 +77,7 @@ def _check(guest: Guest) -> None:
             f"mem = {guest.mem} is beyond stratovirt's {_MEMORY_MIN} to {_MEMORY_MAX} MB",
         )
     # Beside these: random numbers, the balloon, the vsock.
-    count = len(guest.volumes) + len(guest.interfaces) + len(guest.shares)
+    count = len(seed.disks(guest)) + len(guest.interfaces) + len(guest.shares)
     count += 1 + guest.balloon + (guest.vsock_cid is not None)
     if count > _DEVICES_MAX:
         raise Refused(
@@ -113,7 +113,7 @@ def _arguments(guest: Guest, taps: dict[str, tuple[int, ...]]) -> Iterator[Word 
         deflates = "true" if guest.deflate_on_oom else "false"
         options = f"id=balloon0,deflate-on-oom={deflates},free-page-reporting=true"
         yield from ("-device", f"virtio-balloon-device,{options}")
-    for number, volume in enumerate(guest.volumes):
+    for number, volume in enumerate(seed.disks(guest)):
         at, name = ("volumes", number), f"vd{number}"
         image = plain(guest, (*at, "image"), volume.image)
         read_only = "on" if volume.read_only else "off"

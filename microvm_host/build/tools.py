@@ -38,6 +38,9 @@ PROGRAMS = {
 # Those whose options depend on their version.
 _VERSIONED = ("cloud-hypervisor", "firecracker")
 
+# What cloud-init's seed is.
+SEED_FS = "vfat"
+
 
 @frozen
 class Blob:
@@ -63,6 +66,7 @@ class Tools:
     program_version: tuple[int, int] = (0, 0)
     # Each file system with the program that makes it.
     mkfs: tuple[tuple[str, str], ...] = ()
+    mcopy: str | None = None
     blobs: tuple[Blob, ...] = ()
 
     def blob(self, path: str) -> Blob:
@@ -84,8 +88,10 @@ def find(guest: Guest) -> Tools:
     blobs = [_blob("kernel", guest.kernel)]
     if guest.initrd is not None:
         blobs.append(_blob("initrd", guest.initrd))
-    kinds = sorted({volume.fs_type for volume in guest.volumes})
-    made = ((kind, program(f"mkfs.{kind}")) for kind in kinds)
+    kinds = {volume.fs_type for volume in guest.volumes}
+    if guest.cloud_init is not None:
+        kinds.add(SEED_FS)
+    made = ((kind, program(f"mkfs.{kind}")) for kind in sorted(kinds))
     qemu = other = None
     if guest.hypervisor == "qemu":
         qemu = next(filter(None, (program(each, QEMU_PLACES) for each in _QEMU)), None)
@@ -99,6 +105,7 @@ def find(guest: Guest) -> Tools:
         program=other,
         program_version=_version(other) if other and is_versioned else (0, 0),
         mkfs=tuple((kind, path) for kind, path in made if path),
+        mcopy=program("mcopy") if guest.cloud_init is not None else None,
         blobs=tuple(blobs),
     )
 

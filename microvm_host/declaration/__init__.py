@@ -46,7 +46,7 @@ GUEST_KEYS = (
     *("hypervisor", "kernel", "initrd", "kernelParams", "vcpu", "mem", "balloon", "deflateOnOOM"),
     *("initialBalloonMem", "hotplugMem", "hotpluggedMem", "cpu", "volumes", "interfaces"),
     *("forwardPorts", "shares", "devices", "vsock", "readiness", "socket", "machineId"),
-    *("registerWithMachined", "credentialFiles", "qemu", "cloud-hypervisor", "crosvm"),
+    *("registerWithMachined", "credentialFiles", "cloudInit", "qemu", "cloud-hypervisor", "crosvm"),
     "firecracker",
 )
 

@@ -31,6 +31,11 @@ def machine_id(vm: str) -> str:
     return str(uuid5(NAMESPACE_DNS, vm))
 
 
+def instance_id(vm: str) -> str:
+    """What cloud-init tells instances apart by: another one sets the guest up anew."""
+    return f"iid-{vm}"
+
+
 def share_socket(vm: str, tag: str) -> str:
     """The socket between the hypervisor and virtiofsd, as microvm.nix names it."""
     return f"{vm}-virtiofs-{tag}.sock"

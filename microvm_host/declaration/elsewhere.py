@@ -9,7 +9,15 @@ from __future__ import annotations
 _NIXOS = "it is for NixOS guests alone, whose packages `flake = …` brings in"
 _MOUNTS = "the guest itself mounts it: write it into the guest's fstab, or its kernelParams"
 
+_PASSWORDS = "passwords stand in a file that is root's alone: cloudInit.userData"
+
 _HINTS = {
+    # cloud-init's, which declarations, that anybody may read, have not.
+    "passwd": _PASSWORDS,
+    "password": _PASSWORDS,
+    "hashed_passwd": _PASSWORDS,
+    "hashedPasswd": _PASSWORDS,
+    "plain_text_passwd": _PASSWORDS,
     "mountPoint": _MOUNTS,
     "initrdPath": 'here it is initrd = "/path/to/initrd"',
     "balloonMem": "here, as with microvm.nix since 2025, it is balloon = true",

@@ -105,6 +105,32 @@ class Device:
 
 
 @frozen
+class CloudUser:
+    """A user that cloud-init makes in the guest."""
+
+    name: str
+    gecos: str | None = None
+    groups: tuple[str, ...] = ()
+    shell: str | None = None
+    sudo: str | None = None
+    ssh_authorized_keys: tuple[str, ...] = ()
+
+
+@frozen
+class CloudInit:
+    """What cloud-init is to know. The last four are files of the host, for what they replace."""
+
+    hostname: str
+    instance_id: str
+    ssh_authorized_keys: tuple[str, ...] = ()
+    users: tuple[CloudUser, ...] = ()
+    user_data: str | None = None
+    meta_data: str | None = None
+    network_config: str | None = None
+    vendor_data: str | None = None
+
+
+@frozen
 class Qemu:
     """What is QEMU's alone; `machine` None is what fits the devices."""
 
@@ -143,6 +169,8 @@ class Guest:
     socket: str | None = None
     register_with_machined: bool = False
     credential_files: tuple[tuple[str, str], ...] = ()
+    # None for a guest without a seed.
+    cloud_init: CloudInit | None = None
     qemu: Qemu = Qemu()
     # Further arguments that are one hypervisor's, beside QEMU's, by its name.
     own_arguments: tuple[tuple[str, tuple[str, ...]], ...] = ()
@@ -265,6 +293,7 @@ class _Reader:
             socket=socket,
             register_with_machined=found["registerWithMachined"],
             credential_files=found["credentialFiles"],
+            cloud_init=self._cloud_init(found["cloudInit"]) if "cloudInit" in guest else None,
             qemu=Qemu(
                 machine=qemu["machine"],
                 machine_opts=qemu["machineOpts"],
@@ -409,6 +438,53 @@ class _Reader:
             else None,
             extra_args=found["extraArgs"],
             security_model=found["securityModel"],
+        )
+
+    def _cloud_init(self, found: dict[str, Any]) -> CloudInit:
+        given = self._document.table["cloudInit"]
+        for file, keys in (
+            ("userData", ("sshAuthorizedKeys", "users")),
+            ("metaData", ("hostname", "instanceId")),
+        ):
+            for key in keys:
+                if file in given and key in given:
+                    raise self._wrong(
+                        ("cloudInit", key),
+                        f"cloudInit has both {file} and {key}",
+                        f"write it into {given[file]}",
+                    )
+        hostname = found["hostname"] or self._name
+        if found["metaData"] is None and not names.is_host_name(hostname):
+            raise self._wrong(
+                ("cloudInit",),
+                f"cloudInit.hostname is missing, and the VM's name {hostname!r} cannot be one",
+                'give one: hostname = "web"',
+            )
+        for number, user in enumerate(found["users"]):
+            if user["name"] in [other["name"] for other in found["users"][:number]]:
+                raise self._wrong(
+                    ("cloudInit", "users", number, "name"),
+                    f"cloudInit.users.name {user['name']!r} is there twice",
+                )
+        return CloudInit(
+            hostname=hostname,
+            instance_id=found["instanceId"] or derived.instance_id(self._name),
+            ssh_authorized_keys=found["sshAuthorizedKeys"],
+            users=tuple(
+                CloudUser(
+                    name=user["name"],
+                    gecos=user["gecos"],
+                    groups=user["groups"],
+                    shell=user["shell"],
+                    sudo=user["sudo"],
+                    ssh_authorized_keys=user["sshAuthorizedKeys"],
+                )
+                for user in found["users"]
+            ),
+            user_data=found["userData"],
+            meta_data=found["metaData"],
+            network_config=found["networkConfig"],
+            vendor_data=found["vendorData"],
         )
 
     def _device(self, number: int, found: dict[str, Any]) -> Device:

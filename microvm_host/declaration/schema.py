@@ -85,6 +85,28 @@ def _credential(text: str) -> str:
     return text
 
 
+def _host_name(text: str) -> str:
+    # hostname(7); dots part the names of a domain.
+    if not names.is_host_name(text):
+        raise NameInvalid(
+            f"{text!r} cannot be a host name",
+            hint="letters, digits and '-' can, in parts of at most 63 that neither begin nor end "
+            "with '-'",
+        )
+    return text
+
+
+def _ssh_key(text: str) -> str:
+    # sshd(8), AUTHORIZED_KEYS FILE FORMAT: options, type, key, comment.
+    kinds = ("ssh-", "ecdsa-", "sk-ssh-", "sk-ecdsa-")
+    if not any(word.startswith(kinds) for word in text.split(" ")[:-1]):
+        raise NameInvalid(
+            f"{text[:40]!r} is not the line of an ssh public key",
+            hint="it looks like ssh-ed25519 AAAAC3… alice@example.org",
+        )
+    return text
+
+
 def _machine_option(text: str) -> str:
     if not text.replace("-", "").replace("_", "").isalnum() or not text.isascii():
         raise NameInvalid(f"{text!r} is not a name of a machine option")
@@ -235,6 +257,57 @@ _SHARE = Table(
         ),
     }
 )
+_SSH_KEYS = List(Text(_ssh_key))
+_CLOUD_USER = Table(
+    {
+        "name": Key(
+            Text(names.guest_user_name),
+            REQUIRED,
+            "Name of a user that cloud-init makes; to have the image's own default user as well, "
+            "give sshAuthorizedKeys beside users.",
+        ),
+        "gecos": Key(Text(), None, "Their real name."),
+        "groups": Key(List(Text(names.guest_user_name)), (), "Further groups of theirs."),
+        "shell": Key(_PATH, None, "Their shell."),
+        "sudo": Key(
+            Text(), None, "What they may do by sudo, as sudoers(5) has it: ALL=(ALL) NOPASSWD:ALL."
+        ),
+        "sshAuthorizedKeys": Key(_SSH_KEYS, (), "ssh public keys that let them in."),
+    }
+)
+_CLOUD_INIT = Table(
+    {
+        "hostname": Key(
+            Text(_host_name),
+            None,
+            "The guest's host name (local-hostname of the meta-data); by default the VM's name.",
+        ),
+        "instanceId": Key(
+            Text(_word),
+            None,
+            "What cloud-init knows this machine by: with another one, it sets up all anew; by "
+            "default one that is made of the VM's name, and stays.",
+        ),
+        "sshAuthorizedKeys": Key(
+            _SSH_KEYS, (), "ssh public keys that let in the image's default user."
+        ),
+        "users": Key(List(_CLOUD_USER), (), "Users that cloud-init makes."),
+        "userData": Key(
+            _PATH,
+            None,
+            "File of the host with the whole user-data, in place of sshAuthorizedKeys and users.",
+        ),
+        "metaData": Key(
+            _PATH,
+            None,
+            "File of the host with the whole meta-data, in place of hostname and instanceId.",
+        ),
+        "networkConfig": Key(_PATH, None, "File of the host with the network configuration."),
+        "vendorData": Key(
+            _PATH, None, "File of the host with vendor-data, which user-data is laid over."
+        ),
+    }
+)
 _DEVICE = Table(
     {
         "bus": Key(Choice("pci", "usb"), REQUIRED, "Which bus of the host it is on."),
@@ -336,7 +409,15 @@ GUEST = Table(
         "credentialFiles": Key(
             Map(Text(_credential), _PATH),
             (),
-            "Files of the host whose contents the guest's systemd has as credentials, by name.",
+            "Files of the host whose contents the guest's systemd has as credentials, by name. "
+            "Root reads them when the VM starts; they may be root's alone.",
+        ),
+        "cloudInit": Key(
+            _CLOUD_INIT,
+            None,
+            "If there is such a table, the guest has a seed for cloud-init: a read-only disk "
+            "labelled CIDATA (NoCloud), made when the VM starts. Its files are read by root "
+            "then, and may be root's alone.",
         ),
         "qemu": Key(
             Table(

@@ -39,6 +39,11 @@ def set_booted(name: str, host: HostPaths) -> None:
     if package.event_log is not None:
         noted.append("event-log", package.event_log)
     _note_readiness(package, noted, name)
+    if package.private_files:
+        from .. import handover
+
+        private = Record(host.record(name, handover.WHAT))
+        handover.hand_over(name, package.private_files, identity, private, host)
     state.link(host.booted(name), package.path)
     log.status(f"checked {package.path}")
 
@@ -72,6 +77,11 @@ def unset_booted(name: str, host: HostPaths) -> None:
         from .. import aftermath
 
         aftermath.forget_unless_it_goes_on(name, ends)
+    private = Record(host.record(name, "private-files"))
+    if os.path.exists(private.path):
+        from .. import handover
+
+        handover.take_back(name, private, host)
     Record(host.record(name, "lost-shares")).clear()
     booted.record(name, host).clear()
     # Last: what the VM's user has put in its place is not to keep the records.

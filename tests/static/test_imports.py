@@ -40,6 +40,7 @@ LAYERS: tuple[set[str], ...] = (
         "readiness",
         "adopt",
         "guard",
+        "handover",
         # Into a guest that runs.
         "balloon",
         "console",

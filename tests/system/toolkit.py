@@ -28,6 +28,7 @@ systemctl list-units --all --plain --full --no-legend --no-pager 'microvm*' |
     done
 find /var/lib/microvms -type s -o -name booted | sed 's/^/left /'
 find /run/microvm-host -mindepth 1 | sed 's/^/record /'
+find /run/microvm-host-private -mindepth 1 2>/dev/null | sed 's/^/private /'
 find /sys/fs/cgroup/machine.slice -name cgroup.procs 2>/dev/null | while read -r procs; do
     while read -r pid; do echo "process $(tr '\0' ' ' </proc/$pid/cmdline)"; done <"$procs"
 done 2>/dev/null

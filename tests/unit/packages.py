@@ -96,4 +96,7 @@ def write(directory: Path, package: Package) -> Path:
     _one(directory, "agent-socket", package.agent_socket)
     _one(directory, "event-log", package.event_log)
     _one(directory, "machine-uuid", package.machine_uuid)
+    _lines(
+        directory, "private-files", [f"{each.name} {each.source}" for each in package.private_files]
+    )
     return directory

@@ -58,6 +58,7 @@ def tools(guest: Guest) -> Tools:
         qemu_version=(10, 0),
         program=f"/usr/bin/{program}" if is_there else None,
         program_version=OLD_VERSIONS.get(guest.name, VERSIONS.get(guest.hypervisor, (0, 0))),
+        mcopy=None if guest.name == "cloud-init-no-mcopy" else "/usr/bin/mcopy",
         mkfs=tuple((kind, f"/usr/sbin/mkfs.{kind}") for kind in kinds),
         blobs=tuple(blobs),
     )
@@ -79,6 +80,8 @@ def described(package: Tree, *, whole: bool) -> str:
                 command, _, rest = text.partition("\nset -- ")[2].partition("\nif [ -n ")
                 text = f"set -- {command}\n{rest.partition('fi')[2].strip()}\n"
                 text = text.replace('\nexec "$@"\n', "\n")
+            elif path.startswith("lib/cloud-init/"):
+                pass
             elif path.startswith(("lib/", "bin/")) and not whole and not path.endswith(".json"):
                 text = ""
             lines.append(f"==== {path} {entry.mode:04o}\n{text}")

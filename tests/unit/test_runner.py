@@ -11,7 +11,16 @@ import pytest
 from microvm_host import runner
 from microvm_host.errors import EXIT_CONFIG, MicrovmHostError, PackageError
 from microvm_host.paths import HostPaths
-from microvm_host.runner import SHARE, ControlSocket, Macvtap, NotifySocket, Package, Share, Tap
+from microvm_host.runner import (
+    SHARE,
+    ControlSocket,
+    Macvtap,
+    NotifySocket,
+    Package,
+    PrivateFile,
+    Share,
+    Tap,
+)
 from microvm_host.shares import socket_path, source_path
 
 from . import packages, wrong_packages
@@ -65,6 +74,7 @@ def test_everything(tmp_path: Path) -> None:
         control_socket=ControlSocket("web.sock", "cloud-hypervisor"),
         event_log="run/events.json",
         machine_uuid="12345678-1234-1234-1234-123456789abc",
+        private_files=(PrivateFile("key", "/etc/a key"), PrivateFile("b.C_d-1", "/é")),
     )
     packages.write(tmp_path, whole)
     assert runner.load(str(tmp_path)) == whole

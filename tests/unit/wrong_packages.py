@@ -147,6 +147,7 @@ PCI = f"{SHARE}/pci-devices"
 VIRTIOFS = f"{SHARE}/virtiofs"
 CID = f"{SHARE}/vsock-cid"
 UUID = f"{SHARE}/machine-uuid"
+PRIVATE = f"{SHARE}/private-files"
 READINESS = f"{SHARE}/readiness"
 NOTIFY = f"{SHARE}/notify-socket"
 HYPERVISOR = f"{SHARE}/hypervisor"
@@ -222,6 +223,13 @@ CASES = (
     ),
     Case("tap-flag-unknown", holds(FLAGS, "vnet_hdr\none_queue\n"), "'one_queue'", FLAGS, 2),
     Case("tap-flag-spaces", holds(FLAGS, "vnet_hdr multi_queue\n"), "is none of", FLAGS, 1),
+    Case("private-relative", holds(PRIVATE, "a b\n"), "'b' is not an absolute", PRIVATE, 1),
+    Case("private-alone", holds(PRIVATE, "a /b\nc\n"), "'' is not an absolute", PRIVATE, 2),
+    Case("private-up", holds(PRIVATE, "../a /b\n"), "'../a' cannot be the name", PRIVATE, 1),
+    Case("private-hidden", holds(PRIVATE, ".a /b\n"), "'.a' cannot be the name", PRIVATE, 1),
+    Case("private-nameless", holds(PRIVATE, " /b\n"), "'' cannot be the name", PRIVATE, 1),
+    Case("private-twice", holds(PRIVATE, "a /b\na /c\n"), "'a' stands here twice", PRIVATE, 2),
+    Case("private-control", holds(PRIVATE, "a /b\x1b\n"), "is not an absolute", PRIVATE, 1),
     Case("bridge-columns", both(holds(TAPS, "a\n"), holds(BRIDGES, "a\n")), "1 col", BRIDGES, 1),
     Case("bridge-no-tap", both(holds(TAPS, "a\n"), holds(BRIDGES, "b br0\n")), "'b'", BRIDGES, 1),
     Case(
