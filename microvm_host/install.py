@@ -15,7 +15,7 @@ import shutil
 import subprocess
 from contextlib import ExitStack
 
-from . import runner, service, state, store, users
+from . import images, runner, service, state, store, users
 from .errors import MicrovmHostError, UsageError
 from .frozen import frozen
 from .source import DECLARED, KINDS, Source
@@ -129,10 +129,11 @@ def from_source(
     """
     is_new = not os.path.lexists(host.vm(name))
     before = state.pointed_to(host.current(name))
-    gid = service.identity(name).gid
-    state.prepare(name, gid, host)
+    identity = service.identity(name)
+    state.prepare(name, identity.gid, host)
     is_built = source.kind == "declaration"
     passed_over = None
+    sources: tuple[str, ...] = ()
     stack = ExitStack()
     try:
         if is_built:
@@ -140,13 +141,16 @@ def from_source(
             stack.enter_context(store.locked(host))
             stack.callback(store.collect, host)
             tree = _tree(source.reference, host, others)
-            package = store.put(tree, name, gid, host)
+            package = store.put(tree, name, identity.gid, host)
+            sources = _image_sources(tree)
         else:
             is_flake = source.kind == "flake"
             package = _build(name, source.reference, host) if is_flake else source.reference
         after = runner.load(package).path
         if is_built and is_declared and before and store.turned_away_from(name, host) == after:
             passed_over, after = after, before
+        if sources and passed_over is None:
+            images.make(name, after, sources, identity, host.vm(name))
         _keep_from_collection(name, after, host)
         _remember(name, source, host)
         if is_declared:
@@ -164,6 +168,14 @@ def from_source(
         _drop_build_link(name, host)
         stack.close()
     return Change(name, before, after, state.booted(name, host), passed_over)
+
+
+def _image_sources(tree: Tree) -> tuple[str, ...]:
+    """What a package's images are made of."""
+    try:
+        return tuple(tree.text("share/microvm/image-sources").splitlines())
+    except KeyError:
+        return ()
 
 
 def _tree(path: str, host: HostPaths, others: Claims | None) -> Tree:

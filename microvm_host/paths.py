@@ -30,6 +30,7 @@ MODULES_PLACES = ("/lib/modules", "/usr/lib/modules")
 
 MICROVM_RUN = "bin/microvm-run"
 MICROVM_SHUTDOWN = "bin/microvm-shutdown"
+MICROVM_PREPARE = "bin/microvm-prepare"
 # What one has open, by number: a link that leads to it, whatever its name means by now
 # (proc_pid_fd(5)). The kernel's own, so that no root is before it.
 OPENED = "/proc/self/fd"

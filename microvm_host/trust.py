@@ -43,6 +43,14 @@ class Suspect:
             return bool(status.st_mode & stat.S_IWGRP)
         return bool(status.st_mode & stat.S_IWOTH)
 
+    def can_enter(self, status: os.stat_result) -> bool:
+        """Whether they may get at what is in a directory, or allow it to themselves."""
+        if self.uid == 0 or status.st_uid == self.uid:
+            return True
+        if status.st_gid in self.gids:
+            return bool(status.st_mode & stat.S_IXGRP)
+        return bool(status.st_mode & stat.S_IXOTH)
+
     def can_exchange(self, directory: os.stat_result, entry: os.stat_result) -> bool:
         """Whether they may put something else in the place of an entry of a directory."""
         if not self.can_write(directory):

@@ -7,7 +7,7 @@ Those that microvm.nix writes have its bytes; the others are this project's addi
 from __future__ import annotations
 
 from ..paths import MICROVM_REGISTER, MICROVM_UNREGISTER
-from . import credentials, seed, shell
+from . import credentials, seed, shell, volumes
 from .tree import File
 
 TYPE_CHECKING = False
@@ -101,6 +101,7 @@ def facts(
         lines["console-socket"] = [console]
     if agent is not None:
         lines["agent-socket"] = [agent]
+    lines["image-sources"] = [volume.source or "" for _, volume in volumes.filled(guest)]
     lines["private-files"] = [f"{name} {path}" for name, path in private_files(guest)]
     for share in guest.virtiofs:
         lines |= _share(share)

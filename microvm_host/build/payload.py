@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: MIT
-"""What the guest boots from, in its package: kernel, initial RAM disk, cloud-init's seed."""
+"""What the guest boots from, in its package: kernel, initial RAM disk, what fills its disks."""
 
 from __future__ import annotations
 
-from . import seed
+from ..paths import MICROVM_PREPARE
+from . import programs, seed, volumes
 from .shell import PACKAGE_VARIABLE, word
-from .tree import Copy
+from .tree import Copy, File
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ..declaration.guest import Guest
     from .tools import Tools
-    from .tree import File, Link
+    from .tree import Link
 
 _KERNEL, _INITRD = "lib/kernel", "lib/initrd"
 # As words of a command line.
@@ -23,7 +24,11 @@ def files(guest: Guest, tools: Tools) -> dict[str, File | Copy | Link]:
     found: dict[str, File | Copy | Link] = {_KERNEL: _copy(guest.kernel, tools)}
     if guest.initrd is not None:
         found[_INITRD] = _copy(guest.initrd, tools)
-    return found | seed.files(guest)
+    found |= seed.files(guest)
+    if volumes.filled(guest):
+        found[MICROVM_PREPARE] = File(volumes.preparation(guest, tools), 0o755)
+        found[volumes.PROGRESS] = File(programs.with_progress(tools.python), 0o755)
+    return found
 
 
 def _copy(path: str, tools: Tools) -> Copy:

@@ -72,6 +72,37 @@ while sources:
                 data = data[os.write(1, data) :]
 '''
 
+_PROGRESS = '''\
+"""Runs a program that makes a file, and says how far it is: with-progress FILE WHAT PROGRAM …
+
+Nothing is said of what takes less than a second.
+"""
+import os, subprocess, sys, time
+
+file, what, *argv = sys.argv[1:]
+began, patience = time.monotonic(), 1
+child = subprocess.Popen(argv)
+while True:
+    try:
+        code = child.wait(patience)
+        break
+    except subprocess.TimeoutExpired:
+        patience = 5
+        try:
+            size = os.stat(file).st_blocks * 512 >> 20
+        except OSError:
+            size = 0
+        seconds = time.monotonic() - began
+        print(f"{what}: {size} MB after {seconds:.0f} s", file=sys.stderr, flush=True)
+if code:
+    sys.exit(f"{what}: {argv[0]} failed with {code}")
+'''
+
+
+def with_progress(python: str) -> bytes:
+    """Runs what may take long, and says how far it is."""
+    return f"#!{python} -IS\n{_PROGRESS}".encode()
+
 
 _API = '''\
 """Asks a hypervisor one thing over its HTTP socket: api [--wait] SOCKET METHOD TARGET [JSON].

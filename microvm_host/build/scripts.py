@@ -58,6 +58,7 @@ def run(
         _SHOW,
         volumes.creation(guest, tools),
         seed.creation(guest, tools),
+        volumes.opening(guest),
         *last,
         'exec "$@"',
     )

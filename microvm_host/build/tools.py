@@ -60,13 +60,17 @@ class Tools:
     shell: str = SHELL
     python: str = ""
     qemu: str | None = None
-    qemu_version: tuple[int, int] = (0, 0)
+    qemu_version: tuple[int, ...] = (0, 0)
     # Any other hypervisor's; the version of one whose options do not depend on it is not known.
     program: str | None = None
-    program_version: tuple[int, int] = (0, 0)
+    program_version: tuple[int, ...] = (0, 0)
     # Each file system with the program that makes it.
     mkfs: tuple[tuple[str, str], ...] = ()
     mcopy: str | None = None
+    qemu_img: str | None = None
+    # Asked for where they matter; () elsewhere.
+    e2fs_version: tuple[int, ...] = ()
+    erofs_version: tuple[int, ...] = ()
     blobs: tuple[Blob, ...] = ()
 
     def blob(self, path: str) -> Blob:
@@ -92,6 +96,9 @@ def find(guest: Guest) -> Tools:
     if guest.cloud_init is not None:
         kinds.add(SEED_FS)
     made = ((kind, program(f"mkfs.{kind}")) for kind in sorted(kinds))
+    mkfs = {kind: path for kind, path in made if path}
+    filled = {volume.fs_type for volume in guest.volumes if volume.source is not None}
+    formats = {volume.image_type for volume in guest.volumes}
     qemu = other = None
     if guest.hypervisor == "qemu":
         qemu = next(filter(None, (program(each, QEMU_PLACES) for each in _QEMU)), None)
@@ -101,11 +108,14 @@ def find(guest: Guest) -> Tools:
     return Tools(
         python=sys.executable,
         qemu=qemu,
-        qemu_version=_version(qemu) if qemu else (0, 0),
+        qemu_version=_version([qemu, "--version"]) if qemu else (0, 0),
         program=other,
-        program_version=_version(other) if other and is_versioned else (0, 0),
-        mkfs=tuple((kind, path) for kind, path in made if path),
+        program_version=_version([other, "--version"]) if other and is_versioned else (0, 0),
+        mkfs=tuple(mkfs.items()),
         mcopy=program("mcopy") if guest.cloud_init is not None else None,
+        qemu_img=program("qemu-img") if "qcow2" in formats else None,
+        e2fs_version=_version([mkfs["ext4"], "-V"]) if "ext4" in filled & mkfs.keys() else (),
+        erofs_version=_version([mkfs["erofs"], "-V"]) if "erofs" in mkfs else (),
         blobs=tuple(blobs),
     )
 
@@ -149,12 +159,23 @@ def _blob(key: str, path: str) -> Blob:
     return Blob(path, digest, not status.st_mode & stat.S_IROTH, kind)
 
 
-def _version(path: str) -> tuple[int, int]:
-    """`QEMU emulator version 7.2.22 (Debian …)` is (7, 2), and `Firecracker v1.13.1` (1, 13)."""
-    said = process.output([path, "--version"])
+def _version(argv: list[str]) -> tuple[int, ...]:
+    """The version that a program tells.
+
+    `QEMU emulator version 7.2.22 (Debian …)` is (7, 2, 22), `Firecracker v1.13.1` (1, 13, 1), and
+    `mke2fs 1.47.2 (1-Jan-2025)` (1, 47, 2).
+    """
+    said = process.output(argv, errors=True)
     for word in said.split():
-        major, _, rest = word.removeprefix("v").partition(".")
-        minor = rest[: len(rest) - len(rest.lstrip("0123456789"))]
-        if major.isdigit() and minor:
-            return int(major), int(minor)
+        numbers: list[int] = []
+        for part in word.removeprefix("v").split("."):
+            digits = part[: len(part) - len(part.lstrip("0123456789"))]
+            if not digits:
+                break
+            numbers.append(int(digits))
+            if digits != part:
+                break
+        if len(numbers) > 1:
+            return tuple(numbers)
+    path = argv[0]
     raise MicrovmHostError(f"says no version that could be understood: {said[:80]!r}", path=path)

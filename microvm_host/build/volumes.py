@@ -2,14 +2,19 @@
 """Makes images on the first start: the lines of `microvm-run` that do so.
 
 An image is made under another name and gets its own by a rename, so that a start that was cut short
-leaves no half-made one behind.
+leaves no half-made one behind. Those with content from the beginning are made by a script of their
+own, `microvm-prepare`, which the host runs when it installs the package: that takes long, and some
+content is for root to read.
 """
 
 from __future__ import annotations
 
 from shlex import quote
 
+from ..paths import MICROVM_PREPARE
+from . import shell
 from .refused import Refused
+from .shell import PACKAGE_VARIABLE, quoted, word
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,75 +27,265 @@ _MKFS = {
     "xfs": (("-q", "-f"), "-L", 12),
     "btrfs": (("-q", "-f"), "-L", 255),
     "vfat": ((), "-n", 11),
+    "erofs": ((), "-L", 15),
 }
+# The least that each mkfs takes without options of its own, in MiB; to be told before a VM starts.
+_LEAST = {"xfs": 300, "btrfs": 109}
 EMPTY = "none"
+# File systems that are made of a directory or an archive.
+FILLED = ("ext4", "erofs")
+# From then on, each takes an archive in place of a directory, and mkfs.erofs a label.
+E2FS_ARCHIVES = (1, 47, 1)
+EROFS_ARCHIVES = (1, 7)
+EROFS_LABELS = (1, 8)
+# Compressed ones are mke2fs's alone, by libarchive.
+_ARCHIVE = ".tar"
+_COMPRESSED = (".tar.gz", ".tar.xz", ".tar.zst", ".tgz", ".txz")
+PROGRESS = "lib/with-progress"
 
 
 def creation(guest: Guest, tools: Tools) -> str:
     """The lines that make what is missing; raises Refused."""
-    return "\n".join(
-        _made(number, volume, tools)
+    lines = []
+    if filled(guest):
+        program = quoted(word(PACKAGE_VARIABLE, f"/{MICROVM_PREPARE}"))
+        lines += [f"[ -e {quote(_path(volume))} ] || {program}" for _, volume in filled(guest)]
+    for number, volume in enumerate(guest.volumes):
+        if volume.source is None and volume.is_file and volume.auto_create:
+            lines.append(_made(number, volume, tools))
+        elif volume.source is not None and not (volume.is_file and volume.auto_create):
+            raise Refused(
+                ("volumes", number, "source"),
+                f"volumes.source is for an image that is made, and {volume.image!r} is not",
+                "autoCreate = false and devices leave nothing to make",
+            )
+    return "\n".join(lines)
+
+
+def filled(guest: Guest) -> list[tuple[int, Volume]]:
+    """The volumes that are made of a directory or an archive, with their numbers."""
+    return [
+        (number, volume)
         for number, volume in enumerate(guest.volumes)
-        if volume.is_file and volume.auto_create
+        if volume.source is not None and volume.is_file and volume.auto_create
+    ]
+
+
+def preparation(guest: Guest, tools: Tools) -> bytes:
+    """The script that makes these; raises Refused."""
+    return shell.script(
+        tools.shell,
+        "# Makes the images that have content from the beginning, where they are missing.",
+        shell.PACKAGE,
+        *(_made(number, volume, tools) for number, volume in filled(guest)),
     )
 
 
-def _made(number: int, volume: Volume, tools: Tools) -> str:
-    if volume.image_type != "raw":
-        raise Refused(
-            ("volumes", number, "imageType"),
-            f"volumes.imageType = {volume.image_type!r} is not made by itself",
-            f"make it: qemu-img create -f {volume.image_type} …; and add autoCreate = false",
-        )
+def opening(guest: Guest) -> str:
+    """The lines that say why a device of the host cannot be opened, before the hypervisor does."""
+    return "\n".join(
+        _opened(guest.name, volume)
+        for volume in guest.volumes
+        if not volume.is_file and volume.image.startswith("/")
+    )
+
+
+def _opened(name: str, volume: Volume) -> str:
+    device, rights = quote(volume.image), "r" if volume.read_only else "rw"
+    refused = " || ".join(f"[ ! -{right} {device} ]" for right in rights)
+    # Both rights are asked at once: the kernel asks the unit's DeviceAllow= as well as the mode.
+    hint = (
+        f"{volume.image}: this VM may not open it. Disks of the host are closed to VMs: "
+        f"`systemctl edit microvm@{name}`, and write [Service] and, in a line of its own, "
+        f"DeviceAllow={volume.image} {rights}. And its node has to be the VM's user's, by a rule "
+        "of udev. See DEVICES in microvm-host(7)."
+    )
+    return "\n".join(
+        [
+            f"if [ ! -e {device} ]; then",
+            f"    echo {quote(f'{volume.image}: there is no such device')} >&2 && exit 1",
+            f"elif {refused}; then",
+            # No other try makes it right (microvm@.service, RestartPreventExitStatus=).
+            f"    echo {quote(hint)} >&2 && exit 78",
+            "fi",
+        ]
+    )
+
+
+def _path(volume: Volume) -> str:
     # No program is to take a name for an option.
-    path = f"./{volume.image}" if volume.image.startswith("-") else volume.image
-    image, new = quote(path), quote(f"{path}.new")
+    return f"./{volume.image}" if volume.image.startswith("-") else volume.image
+
+
+def _made(number: int, volume: Volume, tools: Tools) -> str:
+    path = _path(volume)
+    image, new, raw = quote(path), quote(f"{path}.new"), quote(f"{path}.raw")
+    if volume.image_type == "raw":
+        lines = [
+            f"rm -f {new}",
+            f": >{new}",
+            # Copy on write would tear a disk that is written to here and there into pieces; what
+            # is no btrfs refuses, and needs it not.
+            f"chattr +C {new} 2>/dev/null || :",
+            *_formatted(number, volume, new, tools),
+        ]
+    else:
+        lines = _converted(number, volume, new, raw, tools)
     lines = [
         f"if [ ! -e {image} ]; then",
-        f"    rm -f {new}",
-        f"    : >{new}",
-        # Copy on write would tear a disk that is written to here and there into pieces; what is no
-        # btrfs refuses, and needs it not.
-        f"    chattr +C {new} 2>/dev/null || :",
-        f"    truncate -s {volume.size}M {new}",
-        *_formatted(number, volume, new, tools),
-        f"    mv {new} {image}",
+        *(f"    {line}" for line in (*lines, f"mv {new} {image}")),
         "fi",
     ]
     return "\n".join(lines)
 
 
-def _formatted(number: int, volume: Volume, new: str, tools: Tools) -> list[str]:
-    at = ("volumes", number, "fsType")
+def _progress(volume: Volume, target: str) -> str:
+    """Goes before what writes content, which may take long."""
+    if volume.source is None:
+        return ""
+    program = quoted(word(PACKAGE_VARIABLE, f"/{PROGRESS}"))
+    return f"{program} {target} {quote(f'making {volume.image} of {volume.source}')} "
+
+
+def _converted(number: int, volume: Volume, new: str, raw: str, tools: Tools) -> list[str]:
+    """The lines that make an image of another format: no mkfs writes into one."""
+    if volume.image_type != "qcow2":
+        raise Refused(
+            ("volumes", number, "imageType"),
+            f"volumes.imageType = {volume.image_type!r} is not made by itself",
+            f"make it: qemu-img create -f {volume.image_type} …; and add autoCreate = false",
+        )
+    if tools.qemu_img is None:
+        raise Refused(
+            ("volumes", number, "imageType"),
+            "volumes.imageType = 'qcow2': this host has no qemu-img, by which it is made",
+            "install it (on Debian: qemu-utils)",
+        )
+    formatted = _formatted(number, volume, raw, tools)
+    # nocow is what `chattr +C` is for the others.
     if volume.fs_type == EMPTY:
-        if volume.label is not None or volume.mkfs_extra_args:
-            key = "label" if volume.label is not None else "mkfsExtraArgs"
-            raise Refused(
-                ("volumes", number, key), f"volumes.{key} is for a file system, and fsType is none"
-            )
-        return []
-    if volume.fs_type not in _MKFS:
+        return [
+            f"rm -f {new}",
+            f"{tools.qemu_img} create -q -f qcow2 -o nocow=on {new} {volume.size}M",
+        ]
+    convert = f"{tools.qemu_img} convert -q -f raw -O qcow2 -o nocow=on {raw} {new}"
+    return [
+        f"rm -f {new} {raw}",
+        *formatted,
+        f"{_progress(volume, new)}{convert}",
+        f"rm -f {raw}",
+    ]
+
+
+def _formatted(number: int, volume: Volume, new: str, tools: Tools) -> list[str]:
+    """The lines that give a raw image its size and its file system."""
+    at = ("volumes", number, "fsType")
+    kind = volume.fs_type
+    sized = [f"truncate -s {volume.size}M {new}"]
+    if kind == EMPTY:
+        for key, value in (
+            ("label", volume.label),
+            ("mkfsExtraArgs", volume.mkfs_extra_args),
+            ("source", volume.source),
+        ):
+            if value:
+                raise Refused(
+                    ("volumes", number, key),
+                    f"volumes.{key} is for a file system, and fsType is none",
+                )
+        return sized
+    if kind not in _MKFS:
         raise Refused(
             at,
-            f"volumes.fsType = {volume.fs_type!r} is not one that is made by itself",
+            f"volumes.fsType = {kind!r} is not one that is made by itself",
             f"{', '.join(_MKFS)} are, and {EMPTY} leaves the image empty",
         )
-    program = dict(tools.mkfs).get(volume.fs_type)
+    program = dict(tools.mkfs).get(kind)
     if program is None:
         raise Refused(
             at,
-            f"volumes.fsType = {volume.fs_type!r}: this host has no mkfs.{volume.fs_type}",
+            f"volumes.fsType = {kind!r}: this host has no mkfs.{kind}",
             f'install it, or give fsType = "{EMPTY}" and have the guest make one',
         )
-    options, label_option, longest = _MKFS[volume.fs_type]
+    least = 0 if volume.mkfs_extra_args else _LEAST.get(kind, 0)
+    if volume.size is not None and volume.size < least:
+        raise Refused(
+            ("volumes", number, "size"),
+            f"volumes.size = {volume.size} is less than {least}, the least for {kind}",
+        )
+    options, label_option, longest = _MKFS[kind]
     label: list[str] = []
     if volume.label is not None:
         if len(volume.label.encode()) > longest:
             raise Refused(
                 ("volumes", number, "label"),
-                f"volumes.label = {volume.label!r} is longer than {longest} bytes, for "
-                f"{volume.fs_type}",
+                f"volumes.label = {volume.label!r} is longer than {longest} bytes, for {kind}",
             )
         label = [label_option, quote(volume.label)]
-    words = [program, *options, *label, *map(quote, volume.mkfs_extra_args), new]
-    return [f"    {' '.join(words)}"]
+    by = _progress(volume, new)
+    words = [program, *options, *label, *map(quote, volume.mkfs_extra_args)]
+    if kind == "erofs":
+        return [f"{by}{' '.join([*words, *_erofs(number, volume, new, tools)])} >/dev/null"]
+    if volume.source is None:
+        return [*sized, " ".join([*words, new])]
+    _check_source(number, volume, tools)
+    return [*sized, f"{by}{' '.join([*words, '-d', quote(volume.source), new])}"]
+
+
+def _erofs(number: int, volume: Volume, new: str, tools: Tools) -> list[str]:
+    """What mkfs.erofs writes, and of what."""
+    if volume.source is None:
+        raise Refused(
+            ("volumes", number, "fsType"),
+            "volumes.fsType = 'erofs' is read-only from the beginning, and needs content",
+            'give source = "/path/to/directory", or another fsType',
+        )
+    if volume.size is not None:
+        raise Refused(
+            ("volumes", number, "size"),
+            "volumes.size is not for erofs, which is as large as its content",
+        )
+    if volume.label is not None and tools.erofs_version < EROFS_LABELS:
+        raise Refused(
+            ("volumes", number, "label"),
+            f"volumes.label: this host's mkfs.erofs gives none before {_dotted(EROFS_LABELS)}",
+        )
+    _check_source(number, volume, tools)
+    is_archive = volume.source.endswith(_ARCHIVE)
+    return [*(["--tar=f"] if is_archive else []), new, quote(volume.source)]
+
+
+def _check_source(number: int, volume: Volume, tools: Tools) -> None:
+    at = ("volumes", number, "source")
+    source = volume.source or ""
+    if volume.fs_type not in FILLED:
+        raise Refused(
+            at,
+            f"volumes.source is not for {volume.fs_type}, whose mkfs makes it empty",
+            f"{' and '.join(FILLED)} are made with content",
+        )
+    is_compressed = source.endswith(_COMPRESSED)
+    if not is_compressed and not source.endswith(_ARCHIVE):
+        return
+    if is_compressed and volume.fs_type == "erofs":
+        raise Refused(
+            at,
+            f"volumes.source = {source!r} is compressed, which mkfs.erofs does not take",
+            "unpack it to a plain .tar",
+        )
+    program, found, since = (
+        ("mkfs.erofs", tools.erofs_version, EROFS_ARCHIVES)
+        if volume.fs_type == "erofs"
+        else ("mke2fs", tools.e2fs_version, E2FS_ARCHIVES)
+    )
+    if found < since:
+        raise Refused(
+            at,
+            f"volumes.source = {source!r}: this host's {program} takes no archives before "
+            f"{_dotted(since)}, and it is {_dotted(found)}",
+            "unpack it into a directory, as root, and name that",
+        )
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))

@@ -40,6 +40,8 @@ class Volume:
     read_only: bool = False
     direct: bool = False
     serial: str | None = None
+    # A directory or an archive of the host that the image is made of.
+    source: str | None = None
 
     @property
     def is_file(self) -> bool:
@@ -330,8 +332,11 @@ class _Reader:
             read_only=found["readOnly"],
             direct=found["direct"],
             serial=found["serial"],
+            source=found["source"],
         )
-        if volume.is_file and volume.auto_create and volume.size is None:
+        # erofs is as large as what is in it.
+        has_size = volume.size is not None or volume.fs_type == "erofs"
+        if volume.is_file and volume.auto_create and not has_size:
             raise self._wrong(
                 ("volumes", number),
                 f"volumes.size is missing: {volume.image!r} is to be made if it is not there",

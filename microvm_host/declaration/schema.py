@@ -146,15 +146,21 @@ _VOLUME = Table(
         "fsType": Key(
             Text(_word),
             "ext4",
-            "File system of an image that is made: ext4, xfs, btrfs or vfat; none, which is an "
-            "addition, leaves it empty.",
+            "File system of an image that is made: ext4, xfs, btrfs or vfat; additions are erofs, "
+            "with a source, and none, which leaves it empty.",
+        ),
+        "source": Key(
+            _PATH,
+            None,
+            "An addition: a directory of the host, or a tar archive of one, that the image is "
+            "made of, once; for ext4 and erofs.",
         ),
         "label": Key(Text(_label), None, "Label of that file system."),
         "mkfsExtraArgs": Key(List(Text()), (), "Further arguments for the mkfs that makes it."),
         "imageType": Key(
             Choice("raw", "qcow2", "vhd", "vhdx"),
             "raw",
-            "Format of the image. Only raw ones are made by themselves.",
+            "Format of the image. Those that are raw or qcow2 are made by themselves.",
         ),
         "readOnly": Key(Truth(), False, "Whether the guest may only read it."),
         "direct": Key(Truth(), False, "Whether the host's page cache is passed by (O_DIRECT)."),

@@ -54,8 +54,9 @@ ON_DEMAND = (
 # Loaded when a disk is to be mounted, by the name of its file system.
 FILESYSTEMS = {
     "vfat": ("nls_cp437", "nls_ascii", "vfat"),
-    "ext4": ("ext4",),
-    "erofs": ("erofs",),
+    # Older kernels find their checksum by the name of its algorithm alone.
+    "ext4": ("crc32c_generic", "ext4"),
+    "erofs": ("crc32c_generic", "erofs"),
 }
 
 # A device's modalias is compared with these buses' patterns only; others cannot be in the guest.

@@ -41,6 +41,7 @@ LAYERS: tuple[set[str], ...] = (
         "adopt",
         "guard",
         "handover",
+        "images",
         # Into a guest that runs.
         "balloon",
         "console",

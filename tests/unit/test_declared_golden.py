@@ -43,8 +43,12 @@ OLD_VERSIONS = {
 
 
 def tools(guest: Guest) -> Tools:
-    """A host that has everything but btrfs's tools, unless a case is named for them."""
-    kinds = ("ext4", "xfs", "vfat", *(["btrfs"] if guest.name == "volume-btrfs" else []))
+    """A host that has everything but btrfs's tools, unless a case is named for them.
+
+    Cases that end in `-old` have programs of Debian 12.
+    """
+    is_old = guest.name.endswith("-old")
+    kinds = ("ext4", "xfs", "vfat", "erofs", *(["btrfs"] if guest.name == "volume-btrfs" else []))
     blobs = [
         Blob(guest.kernel, "0" * 64, False, FORMATS.get(Path(guest.kernel).name, kernels.BZIMAGE))
     ]
@@ -58,6 +62,9 @@ def tools(guest: Guest) -> Tools:
         qemu_version=(10, 0),
         program=f"/usr/bin/{program}" if is_there else None,
         program_version=OLD_VERSIONS.get(guest.name, VERSIONS.get(guest.hypervisor, (0, 0))),
+        qemu_img=None if guest.name == "volume-qcow2-no-qemu-img" else "/usr/bin/qemu-img",
+        e2fs_version=(1, 47, 0) if is_old else (1, 47, 2),
+        erofs_version=(1, 5) if is_old else (1, 8, 6),
         mcopy=None if guest.name == "cloud-init-no-mcopy" else "/usr/bin/mcopy",
         mkfs=tuple((kind, f"/usr/sbin/mkfs.{kind}") for kind in kinds),
         blobs=tuple(blobs),
@@ -80,7 +87,7 @@ def described(package: Tree, *, whole: bool) -> str:
                 command, _, rest = text.partition("\nset -- ")[2].partition("\nif [ -n ")
                 text = f"set -- {command}\n{rest.partition('fi')[2].strip()}\n"
                 text = text.replace('\nexec "$@"\n', "\n")
-            elif path.startswith("lib/cloud-init/"):
+            elif path.startswith(("lib/cloud-init/", "bin/microvm-prepare")):
                 pass
             elif path.startswith(("lib/", "bin/")) and not whole and not path.endswith(".json"):
                 text = ""

@@ -104,7 +104,7 @@ def test_what_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Refused, match="this host has no firecracker"):
         tools.hypervisor(guest(kernel, "firecracker"), missing)
     for name, said, version in (
-        ("firecracker", "Firecracker v1.13.1\n\nSupported snapshot", (1, 13)),
+        ("firecracker", "Firecracker v1.13.1\n\nSupported snapshot", (1, 13, 1)),
         ("cloud-hypervisor", "cloud-hypervisor v48.0-12-gabcdef-dirty", (48, 0)),
         # Not asked: that could be anything for all that is known.
         ("lkvm", "", (0, 0)),

@@ -230,8 +230,8 @@ def test_firecracker_is_given_kernel_and_initrd_open(tmp_path: Path) -> None:
     stand_in.write_text("#!/bin/sh\ncat /proc/self/fd/3; echo; cat /proc/self/fd/4\n")
     stand_in.chmod(0o755)
     text = run.read_text().replace("/usr/bin/firecracker", str(stand_in))
-    # There it has no mkfs.
-    run.write_text(text.replace("/usr/sbin/mkfs.ext4", "true"))
+    # There it has no mkfs, and no such disk.
+    run.write_text(text.replace("/usr/sbin/mkfs.ext4", "true").replace("/dev/vg/data", "/dev/zero"))
     done = subprocess.run([str(run)], cwd=tmp_path, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("the kernel\nthe initrd", "")
     assert os.path.getsize(tmp_path / "root.img") == 8192 << 20
