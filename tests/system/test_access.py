@@ -10,7 +10,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -119,6 +119,21 @@ class Console:
         return code
 
 
+@pytest.fixture
+def show(toolkit: Toolkit, guest: str) -> Iterator[Callable[..., Console]]:
+    """Shows the console; what is left of that ends with the test."""
+    shown: list[Console] = []
+
+    def console(*arguments: str, terminal: bool = False) -> Console:
+        shown.append(Console(toolkit, *arguments, terminal=terminal))
+        return shown[-1]
+
+    yield console
+    for each in shown:
+        each.process.kill()
+        each.process.wait()
+
+
 def test_devices_from_inside(toolkit: Toolkit, guest: str) -> None:
     lines = toolkit.journal(guest)
     text = "\n".join(lines)
@@ -138,8 +153,8 @@ def test_devices_from_inside(toolkit: Toolkit, guest: str) -> None:
 
 
 @pytest.mark.core
-def test_console_on_a_terminal(toolkit: Toolkit, guest: str) -> None:
-    console = Console(toolkit, terminal=True)
+def test_console_on_a_terminal(toolkit: Toolkit, guest: str, show: Callable[..., Console]) -> None:
+    console = show(terminal=True)
     console.await_text(f"[microvm: {guest}: connected; ^] detaches]")
     # What was before, from the journal.
     assert "GUEST access: port org.qemu.guest_agent.0" in console.look()
@@ -162,10 +177,10 @@ def test_console_on_a_terminal(toolkit: Toolkit, guest: str) -> None:
 
 
 @pytest.mark.core
-def test_one_types_and_all_see(toolkit: Toolkit, guest: str) -> None:
-    first = Console(toolkit)
+def test_one_types_and_all_see(toolkit: Toolkit, guest: str, show: Callable[..., Console]) -> None:
+    first = show()
     first.await_text("connected")
-    second, third = Console(toolkit), Console(toolkit, "--read-only", "--lines=0")
+    second, third = show(), show("--read-only")
     second.await_text("read-only: process ")
     assert re.search(r"read-only: process \d+ of root has the keyboard", second.look())
     third.await_text(f"[microvm: {guest}: read-only]")
@@ -178,7 +193,7 @@ def test_one_types_and_all_see(toolkit: Toolkit, guest: str) -> None:
     # The keyboard is free when its owner is gone, however.
     first.process.kill()
     first.ends()
-    fourth = Console(toolkit, "--lines=0")
+    fourth = show("--lines=0")
     fourth.await_text("connected")
     fourth.type("from the fourth\r")
     fourth.await_text("console read: from the fourth")
@@ -237,8 +252,8 @@ def test_the_users_rights_are_enough_for_no_other(toolkit: Toolkit, guest: str) 
 
 
 @pytest.mark.core
-def test_an_end_is_told(toolkit: Toolkit, guest: str) -> None:
-    console, reader = Console(toolkit), Console(toolkit, "-r")
+def test_an_end_is_told(toolkit: Toolkit, guest: str, show: Callable[..., Console]) -> None:
+    console, reader = show(), show("-r")
     console.await_text("connected")
     reader.await_text("read-only")
     running = toolkit.host.spawn(["microvm", "exec", guest, "sleep", "100"])
@@ -251,7 +266,7 @@ def test_an_end_is_told(toolkit: Toolkit, guest: str) -> None:
     _, complaint = running.communicate(timeout=30)
     assert running.returncode == 255 and complaint.startswith("microvm: ")
     # One that waits is there from the first line on.
-    waiting = Console(toolkit, "--wait", "--lines=1000")
+    waiting = show("--wait", "--lines=1000")
     time.sleep(1)
     assert waiting.look() == ""
     toolkit.systemctl("start", f"microvm@{guest}", timeout=120)

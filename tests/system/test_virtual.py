@@ -434,3 +434,55 @@ def test_up_again_after_a_real_reboot(machine: Toolkit) -> None:
     assert "/etc/microvms/broken.toml:1: is not TOML" in log
     machine.systemctl("stop", "microvm@always", timeout=120)
     machine.remove("always")
+
+
+def test_a_declared_guest_under_kvm(machine: Toolkit, tree: Share) -> None:
+    """KVM and vhost are found; the guest says that it is ready over the vsock that it was given."""
+    before = machine.footprint()
+    machine.sh("mkdir -p /etc/microvms")
+    machine.host.write(
+        "/etc/microvms/kvm.toml",
+        f"""\
+autostart = false
+kernel = "{IMAGE}/vmlinuz"
+initrd = "{IMAGE}/initrd"
+mem = 256
+readiness = "guest"
+vsock.cid = 55
+kernelParams = [
+    "quiet", "loglevel=3", "guest.name=kvm", "guest.share=tree,/mnt/tree", "guest.prompt=1",
+    "guest.notify=/mnt/tree,vsock:2:9055", "guest.net=02:00:00:00:05:05,10.77.5.2/24",
+]
+
+[[interfaces]]
+type = "tap"
+id = "kvm0"
+mac = "02:00:00:00:05:05"
+
+[[shares]]
+tag = "tree"
+source = "{tree.source}"
+proto = "virtiofs"
+readOnly = true
+""",
+    )
+    machine.sh("microvm apply")
+    machine.systemctl("start", "microvm@kvm", timeout=300)
+    lines = machine.journal("kvm")
+    text = "\n".join(lines)
+    assert "GUEST kvm: vsock present" in lines, text
+    assert any(line.startswith("GUEST kvm: net ") and "virtio_net" in line for line in lines), text
+    main = machine.property("microvm@kvm", "MainPID")
+    command = machine.host.read(f"/proc/{main}/cmdline")
+    assert "microvm,accel=kvm," in command and ",vhost=on" in command
+    # The same console as where nobody waits for the guest.
+    typed = machine.host.spawn(["microvm", "console", "kvm"])
+    assert typed.stdin is not None
+    typed.stdin.write("hello\r")
+    typed.stdin.flush()
+    machine.await_line("kvm", "GUEST kvm: console read: hello")
+    machine.systemctl("stop", "microvm@kvm", timeout=120)
+    assert "console read: hello" in typed.communicate(timeout=30)[0]
+    assert typed.returncode == 0
+    machine.remove("kvm")
+    machine.await_footprint(before, timeout=60)

@@ -9,6 +9,7 @@ of packages, and run as far as its command line; each wrong one leaves nothing.
 from __future__ import annotations
 
 import os
+import pty
 import subprocess
 from pathlib import Path
 
@@ -167,6 +168,41 @@ def test_the_host_reads_it_and_the_shell_runs_it(case: Path, tmp_path: Path) -> 
         assert "a='b c' x=$(reboot) y=`id` z=\"q\"" in append
     if case.stem == "extra-args":
         assert words[-1] == "it's $HOME"
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_a_console_without_a_hub(tmp_path: Path, *, is_terminal: bool) -> None:
+    """QEMU of before 10.0: the console is the socket, and cat carries its log to the output."""
+    qemu = tmp_path / "qemu"
+    # Writes to the log, as that QEMU would.
+    qemu.write_text(
+        "#!/bin/sh\nfor word; do case $word in socket,id=console,*)\n"
+        'echo "said by the guest" >"${word##*logfile=}" ;; stdio,id=console,*)\n'
+        'echo "on the terminal" ;; esac; done\n'
+    )
+    qemu.chmod(0o755)
+    case = next(case for case in RIGHT if case.stem == "minimal")
+    found = declared.tree(
+        str(case),
+        None,
+        lambda guest: Tools(qemu=str(qemu), qemu_version=(7, 2), blobs=tools(guest).blobs),
+    )
+    script = next(entry for path, entry in found.entries if path == "bin/microvm-run")
+    assert isinstance(script, File)
+    (tmp_path / "run").write_bytes(script.content)
+    master, slave = pty.openpty()
+    done = subprocess.run(
+        ["sh", str(tmp_path / "run")],
+        stdin=slave if is_terminal else subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=20,
+    )
+    os.close(master)
+    os.close(slave)
+    assert done.stderr == ""
+    assert done.stdout == ("on the terminal\n" if is_terminal else "said by the guest\n")
 
 
 @pytest.mark.parametrize("case", RIGHT, ids=lambda case: case.stem)
