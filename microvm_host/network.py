@@ -25,7 +25,6 @@ BRIDGE = leases.BRIDGE
 NETDEV, NETWORK = "60-microvm-host.netdev", "60-microvm-host.network"
 FILES = (NETDEV, NETWORK)
 _SERVICE = "systemd-networkd.service"
-_WAIT_ONLINE = "systemd-networkd-wait-online.service"
 _APPEARS_WITHIN = 10.0  # seconds
 _ELSEWHERE = 'or have a bridge made by other means, and name it: bridge = "…"'
 
@@ -139,9 +138,8 @@ def _no_networkd(networkd: str) -> MicrovmHostError:
         )
     return MicrovmHostError(
         f"systemd-networkd does not run on this host ({networkd})",
-        # Its wait-online would hold up each boot until an interface of its own is online.
-        hint=f"systemctl enable --now {_SERVICE} && systemctl disable {_WAIT_ONLINE}, if something "
-        f"else configures this host's interfaces, which it leaves alone; {_ELSEWHERE}",
+        hint=f"systemctl enable --now {_SERVICE}, which leaves interfaces alone that none of its "
+        f"files is about; {_ELSEWHERE}",
     )
 
 

@@ -132,6 +132,7 @@ def test_neighbours_that_answered(host: HostPaths, silent: None) -> None:
         "IP address       HW type     Flags       HW address            Mask     Device\n"
         f"10.77.0.2        0x1         0x2         {MAC}     *        br0\n"
         f"192.168.87.103   0x1         0x2         {MAC}     *        mvbr0\n"
+        f"10.77.0.4        0x1         0x8         {MAC}     *        br0\n"
         "10.77.0.3        0x1         0x0         00:00:00:00:00:00     *        br0\n"
     )
     write(host, lease())
