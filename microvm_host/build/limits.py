@@ -34,10 +34,6 @@ NOT_QEMU: Cannot = {
         "put them into a share or a volume",
     ),
 }
-NO_BALLOON: Cannot = {
-    "balloon": ("has no balloon", "leave balloon out"),
-    "initialBalloonMem": ("has no balloon", "leave initialBalloonMem out"),
-}
 NO_HOTPLUG: Cannot = {
     "hotplugMem": ("has no memory that could be added", "give all of it by mem"),
 }
