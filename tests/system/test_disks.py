@@ -61,7 +61,6 @@ def test_each_file_system_is_made_with_its_label(toolkit: Toolkit, vm: str) -> N
         "guest.mount=s0,ext4,-",
         "guest.mount=s3,vfat,-",
         "guest.mount=s4,ext4,-",
-        "guest.disk=s5",
     )
     toolkit.sh("microvm apply")
     said = boot(toolkit, vm)
@@ -73,7 +72,6 @@ def test_each_file_system_is_made_with_its_label(toolkit: Toolkit, vm: str) -> N
     assert not any("failed" in line for line in said)
     assert any(line.startswith("disk s0 file lost+found 0:0 700") for line in said)
     assert any(line.startswith("disk s4 file lost+found 0:0 700") for line in said)
-    assert "disk s5 write: ok" in said
     toolkit.systemctl("stop", f"microvm@{vm}", timeout=120)
     for number, (kind, label, size, form) in enumerate(MADE):
         image = f"{state}/{number}.img"
