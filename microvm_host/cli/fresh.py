@@ -32,7 +32,7 @@ def make(wish: Wish, host: HostPaths, output: str | None, *, replaces: bool) -> 
         click.echo(f"it still runs the former: systemctl restart {names.unit(wish.name)}")
     else:
         click.echo(f"start it: systemctl start {names.unit(wish.name)}")
-    click.echo(f"its console: microvm logs {wish.name} -f")
+    click.echo(f"its console: microvm console {wish.name}")
 
 
 def say(text: str) -> None:

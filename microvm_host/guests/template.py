@@ -37,7 +37,7 @@ def declaration(guest: Guest) -> str:
         *(f"# {line}" for line in guest.about),
         "#",
         f"#     systemctl start microvm@{name}      starts it",
-        f"#     microvm logs {name} -f              shows its console",
+        f"#     microvm console {name}              is on its console; Ctrl-] leaves it",
         f"#     microvm update -R {name}            makes a change of this file hold",
         "#",
         "# microvm.toml(5) has all keys.",
