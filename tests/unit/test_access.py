@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from microvm_host import attach, balloon, console, control, guestagent
 from microvm_host.attach import NobodyThere, Running
@@ -498,6 +500,33 @@ PID = b'{"return": {"pid": 1}}\n'
 def test_strange_agents(listen: Callable[..., Fake], answers: list[bytes], message: str) -> None:
     with pytest.raises(MicrovmHostError, match=message):
         run(listen(synced(*answers)))
+
+
+PIECES = st.sampled_from(
+    [b'{"return": ', b"}", b"\n", b"\xff", b'{"pid": 1}', b'{"exited": true', b', "exitcode": 0']
+    + [b', "out-data": "', b"aGk=", b'"', b"null", b"NaN", b"1e400", b"9" * 5000, b"[" * 2000]
+    + [b'{"error": {"desc": "', b"\\ud800", b"\\u001b", b"\0", b"\xc3", PID, b"x" * 500]
+    + [b'{"return": {"exited": true, "exitcode": 3, "out-data": "aGk="}}\n']
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(PIECES, max_size=12))
+def test_whatever_an_agent_says(pieces: list[bytes]) -> None:
+    """It is an end, or an error of one printable line."""
+    ours, theirs = socket.socketpair()
+    theirs.sendall(b'\xff{"return": 0}\n' + b"".join(pieces))
+    theirs.shutdown(socket.SHUT_WR)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "urandom", bytes)
+        patch.setattr(guestagent, "_FIRST_PAUSE", 0.0)
+        try:
+            ended = guestagent.run(lambda within: ours, ["true"], None, 0.5)
+            assert 0 <= ended.code <= 255
+        except MicrovmHostError as error:
+            assert str(error).isprintable() and len(str(error)) < 500
+    assert ours.fileno() < 0
+    theirs.close()
 
 
 def test_an_agent_that_never_ends_a_line(
