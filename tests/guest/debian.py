@@ -65,7 +65,7 @@ def archive() -> Path:
     """The root of the guest as a tar, built if need be."""
     parts = (SUITE, *PACKAGES, *DPKG_OPTIONS, REPORT, UNIT, HOOK)
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
-    path = cache.directory() / "guests" / f"{SUITE}-cloud-init-{digest}.tar"
+    path = cache.guests() / f"{SUITE}-cloud-init-{digest}.tar"
     with cache.locked(path.with_suffix(".lock"), waiting="waiting for who builds this guest"):
         if not path.exists():
             with step(f"{SUITE}: building a guest with cloud-init"):

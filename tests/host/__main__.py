@@ -58,9 +58,10 @@ def _clean() -> int:
         # Their overlays stand on the roots that would go.
         print(f"{len(left)} hosts are running; the roots stay", file=sys.stderr)
         return 1
-    if cache.roots().is_dir():
-        with step(f"removing {cache.roots()}"):
-            root.discard(cache.roots())
+    for place in (cache.roots(), cache.guests()):
+        if place.is_dir():
+            with step(f"removing {place}"):
+                root.discard(place)
     return 0
 
 

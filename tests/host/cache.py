@@ -36,6 +36,11 @@ def roots() -> Path:
     return directory() / "roots"
 
 
+def guests() -> Path:
+    """Roots of guests, one archive each."""
+    return directory() / "guests"
+
+
 def hosts() -> Path:
     """One directory for each running host."""
     return directory() / "hosts"
