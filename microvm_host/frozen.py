@@ -37,18 +37,15 @@ else:
             if len(args) > len(fields):
                 raise TypeError(f"{cls.__name__} takes {len(fields)} fields, not {len(args)}")
             given = dict(zip(fields, args, strict=False))
-            for name, value in kwargs.items():
+            for name in kwargs:
                 if name in given or name not in fields:
                     raise TypeError(f"{cls.__name__}: field {name!r} is unknown or given twice")
-                given[name] = value
-            for name in fields:
-                if name in given:
-                    value = given[name]
-                elif name in defaults:
-                    value = defaults[name]
-                else:
-                    raise TypeError(f"{cls.__name__}: field {name!r} is missing")
-                object.__setattr__(self, name, value)
+            found = {**defaults, **given, **kwargs}
+            if len(found) < len(fields):
+                name = next(name for name in fields if name not in found)
+                raise TypeError(f"{cls.__name__}: field {name!r} is missing")
+            # At one stroke: a declaration has twenty fields, and a host may have a thousand.
+            self.__dict__.update(found)
 
         def values(self):
             return tuple(getattr(self, name) for name in fields)

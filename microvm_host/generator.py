@@ -45,9 +45,10 @@ def generate(
             continue
         found.append(declared)
         vm = names.unit(declared.name)
-        _want(directory, vm, f"install-microvm@{declared.name}.service", units)
-        if declared.autostart:
-            _want(directory, TARGET, vm, units)
+        _want(directory, vm, units, f"install-microvm@{declared.name}.service")
+    started = [names.unit(declared.name) for declared in found if declared.autostart]
+    if started:
+        _want(directory, TARGET, units, *started)
     earlier = _earlier(found)
     for declared in found:
         _write_user(directory, declared)
@@ -103,12 +104,13 @@ def _write_drop_in(directory: str, declared: Declaration, earlier: list[str]) ->
 _RESTART = {"on-failure": "on-failure", "never": "no"}
 
 
-def _want(directory: str, unit: str, wanted: str, units: str) -> None:
-    """Make `unit` want an instance of a template."""
+def _want(directory: str, unit: str, units: str, *wanted: str) -> None:
+    """Make `unit` want instances of templates."""
     wants = f"{directory}/{unit}.wants"
     _make_directory(wants)
-    template = wanted.partition("@")[0] + "@.service"
-    os.symlink(f"{units}/{template}", f"{wants}/{wanted}")
+    for each in wanted:
+        template = each.partition("@")[0] + "@.service"
+        os.symlink(f"{units}/{template}", f"{wants}/{each}")
 
 
 def _make_directory(path: str) -> None:

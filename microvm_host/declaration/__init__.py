@@ -103,9 +103,7 @@ def load_all(directory: str) -> Iterator[Declaration | DeclarationError]:
 
 def read(path: str) -> Document:
     """Read the text of a declaration and its drop-ins; raises DeclarationError."""
-    name = name_of(path)
-    if not os.path.lexists(path):
-        raise DeclarationError(f"microVM {name} is not declared: there is no such file", path=path)
+    name_of(path)
     return Document(path)
 
 

@@ -69,10 +69,17 @@ class Document:
 
     def _read(self, path: str) -> dict[str, Any]:
         try:
-            with open(path, "rb") as source:
-                text = source.read().decode()
+            # Unbuffered: it is read at one stroke.
+            with open(path, "rb", buffering=0) as source:
+                text = source.readall().decode()
         except UnicodeDecodeError as error:
             raise DeclarationError("is not UTF-8 text", path=path) from error
+        except FileNotFoundError as error:
+            if os.path.islink(path):
+                raise DeclarationError("is a link to what does not exist", path=path) from error
+            vm = os.path.basename(path).removesuffix(".toml")
+            message = f"microVM {vm} is not declared: there is no such file"
+            raise DeclarationError(message, path=path) from error
         except OSError as error:
             raise DeclarationError(f"cannot be read: {error.strerror}", path=path) from error
         table = _table(text, path)
