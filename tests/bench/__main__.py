@@ -27,11 +27,14 @@ def main() -> int:
         prog="make bench", description="Measure the toolkit beside the plain way."
     )
     parser.add_argument(
-        "parts", nargs="*", metavar="PART", help=f"these alone, of: {', '.join(rows.PARTS)}"
+        "parts",
+        nargs="*",
+        metavar="PART",
+        help=f"these alone, of: {', '.join(rows.PARTS)}; else all but {', '.join(rows.LONG)}",
     )
     parser.add_argument("--suite", default="trixie", help="of the host (default: %(default)s)")
     parser.add_argument(
-        "--keep", action="store_true", help="write docs/benchmarks.*; takes all parts"
+        "--keep", action="store_true", help="write docs/benchmarks.*; takes all parts, half an hour"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     options = parser.parse_args()
@@ -52,7 +55,8 @@ def main() -> int:
                 bench.toolkit.install()
                 plain.install(host)
             machine = report.machine(bench.toolkit)
-            for part in options.parts or rows.PARTS:
+            usual = [part for part in rows.PARTS if options.keep or part not in rows.LONG]
+            for part in options.parts or usual:
                 try:
                     with step(part):
                         rows.PARTS[part](bench, part)

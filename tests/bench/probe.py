@@ -126,6 +126,53 @@ def memory(job: dict[str, Any]) -> dict[str, dict[str, list[int]]]:
     return results
 
 
+def boot(argv: list[str], directory: str) -> dict[str, float]:
+    """Run a hypervisor with the test guest in it, and kill it when that is ready.
+
+    Gives seconds until the guest's first process says something, its memory in MB as it says, and
+    the hypervisor's in kB.
+    """
+    reader, writer = os.pipe()
+    begin = time.perf_counter()
+    child = os.fork()
+    if not child:
+        os.chdir(directory)
+        null = os.open(os.devnull, os.O_RDONLY)
+        for old, new in ((null, 0), (writer, 1)):
+            os.dup2(old, new)
+        os.execvp(argv[0], argv)
+    os.close(writer)
+    found: dict[str, float] = {}
+    try:
+        with open(reader, encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                if "GUEST" not in line:
+                    continue
+                found.setdefault("boots", time.perf_counter() - begin)
+                words = line.split()
+                if "memory" in words:
+                    found["memory"] = float(words[words.index("memory") + 1])
+                if words[-1] == "ready":
+                    found["pss"] = pss(f"/proc/{child}")
+                    return found
+        sys.exit(f"probe: the guest of {argv[:4]} did not get ready")
+    finally:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+
+
+def boots(job: dict[str, Any]) -> dict[str, list[dict[str, float]]]:
+    """Boot each way's guest, in turns; the first time of each does not count."""
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in job["ways"]}
+    for number in range(job["rounds"] + 1):
+        for name in job["ways"] if number % 2 else reversed(job["ways"]):
+            way = job["ways"][name]
+            found = boot(way["argv"], way["directory"])
+            if number:
+                results[name].append(found)
+    return results
+
+
 def main() -> None:
     """The entry point."""
     job = json.load(sys.stdin)
@@ -135,6 +182,8 @@ def main() -> None:
             found = times(job)
         case "memory":
             found = memory(job)
+        case "boots":
+            found = boots(job)
     json.dump(found, sys.stdout)
 
 

@@ -13,14 +13,16 @@ from typing import Any
 
 from tests.guest.package import Share, Tap
 from tests.host.progress import step
-from tests.system.toolkit import SOURCES, Toolkit
+from tests.system.toolkit import IMAGE, SOURCES, Toolkit
 
 from . import plain
 
 STATE = "/var/lib/microvms"
 PACKAGES = "/opt/bench"
 GENERATOR = "/usr/local/lib/systemd/system-generators/microvm-generator"
-COUNTS = (1, 10, 100, 1000)
+COUNTS = (1, 10, 100)
+# MB.
+GUEST_MEM = 256
 
 Command = list[str]
 
@@ -277,11 +279,62 @@ class Bench:
         row = Row(part, "microvm --help", found["toolkit"], found["plain"], 1.5, beside=beside)
         self.results.rows.append(row)
 
+    # -- the guest -----------------------------------------------------------------------------
+
+    def guest(self, part: str) -> None:
+        """A declared guest beside a command line of QEMU with nothing but what it boots by."""
+        self.toolkit.build_image()
+        words = "quiet loglevel=3 guest.name=vm"
+        self.toolkit.host.write(
+            "/root/vm.toml",
+            f'kernel = "{IMAGE}/vmlinuz"\ninitrd = "{IMAGE}/initrd"\nmem = {GUEST_MEM}\n'
+            f"kernelParams = {json.dumps(words.split())}\n",
+        )
+        self.toolkit.sh("microvm build /root/vm.toml -o /opt/guest && mkdir -p /root/state")
+        clock = self.toolkit.sh("sed -n 's/^cpu MHz.*: //p' /proc/cpuinfo").split()[0]
+        by_hand = [
+            *("qemu-system-x86_64", "-M", "microvm,accel=tcg,pcie=on,rtc=on,acpi=on"),
+            *("-cpu", "max", "-m", str(GUEST_MEM), "-smp", "1", "-nodefaults", "-no-user-config"),
+            *("-display", "none", "-no-reboot"),
+            *("-kernel", f"{IMAGE}/vmlinuz", "-initrd", f"{IMAGE}/initrd"),
+            *("-append", f"console=ttyS0 {words} tsc_early_khz={clock.replace('.', '')}"),
+            *("-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"),
+        ]
+        ways = {
+            "toolkit": {"argv": ["/opt/guest/bin/microvm-run"], "directory": "/root/state"},
+            "plain": {"argv": by_hand, "directory": "/root/state"},
+        }
+        found = self.ask(kind="boots", rounds=9, ways=ways)
+
+        def figures(of: Callable[[dict[str, float]], float]) -> dict[str, Figures]:
+            return {way: Figures(tuple(map(of, rounds))) for way, rounds in found.items()}
+
+        for work, unit, of in (
+            ("exec to the guest's first process", "ms", lambda each: 1000 * each["boots"]),
+            ("memory of the hypervisor's process", "kB PSS", lambda each: each["pss"]),
+            (
+                f"memory that the guest lacks of {GUEST_MEM} MB",
+                "MB",
+                lambda each: GUEST_MEM - each["memory"],
+            ),
+        ):
+            pair = figures(of)
+            self.results.rows.append(
+                Row(part, work, pair["toolkit"], pair["plain"], 1.05, unit, "QEMU by hand")
+            )
+
     # -- growth --------------------------------------------------------------------------------
 
     def growth(self, part: str) -> None:
         """The same work at ever more VMs, all of them running."""
-        for count in COUNTS:
+        self.grow_to(part, *COUNTS)
+
+    def growth_1000(self, part: str) -> None:
+        """That at a thousand, which takes longer than all else."""
+        self.grow_to(part, 1000)
+
+    def grow_to(self, part: str, *counts: int) -> None:
+        for count in counts:
             with step(f"{part}: {count}"):
                 self.grow(count)
 
@@ -377,5 +430,9 @@ PARTS: dict[str, Callable[[Bench, str], None]] = {
     "list-1000": Bench.list_1000,
     "generator": Bench.generator,
     "help": Bench.help,
+    "guest": Bench.guest,
     "growth": Bench.growth,
+    "growth-1000": Bench.growth_1000,
 }
+# Not without being asked for: they take longer than the rest together.
+LONG = {"growth-1000"}
