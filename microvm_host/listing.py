@@ -2,7 +2,7 @@
 """What VMs there are, whether each runs, and which version of it: behind `microvm -l`.
 
 One pass over the state directories and one call to systemd, whatever the number of VMs. Nothing
-is built or evaluated, unless asked for by name: `newest_by_nix` is for --check.
+is built or evaluated, unless asked for by name: `newest_by_building` is for --check.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Row:
 def rows(
     host: HostPaths,
     only: tuple[str, ...] = (),
-    newest_by_nix: Callable[[str, Source], Version | None] | None = None,
+    newest_by_building: Callable[[str, Source], Version | None] | None = None,
     *,
     neighbours: bool = False,
 ) -> list[Row]:
@@ -108,7 +108,8 @@ def rows(
 
     Args:
         only: these alone, in this order.
-        newest_by_nix: finds out what a flake would give now; without it, flakes are not asked.
+        newest_by_building: finds out what a flake or a declaration would give now; without it,
+            they are not asked.
         neighbours: tell addresses too that no DHCP server of this host gave.
 
     Raises:
@@ -131,7 +132,9 @@ def rows(
     )
     known = leases.known(host, neighbours=neighbours)
     return [
-        _row(name, _active(name, active), _lost(name, active, host), host, newest_by_nix, known)
+        _row(
+            name, _active(name, active), _lost(name, active, host), host, newest_by_building, known
+        )
         for name in only or sorted(present)
         if only or os.path.isdir(host.vm(name))
     ]
@@ -172,7 +175,7 @@ def _row(
     active: str,
     lost: tuple[str, ...],
     host: HostPaths,
-    newest_by_nix: Callable[[str, Source], Version | None] | None,
+    newest_by_building: Callable[[str, Source], Version | None] | None,
     known: dict[str, list[str]],
 ) -> Row:
     try:
@@ -187,7 +190,7 @@ def _row(
             else f"no package in {host.vm(name)}"
         )
         return Row(name, active, None, booted, problem=problem)
-    newest = _newest(name, host, newest_by_nix)
+    newest = _newest(name, host, newest_by_building)
     row = Row(name, active, current, booted, newest, lost=lost)
     if not (known and booted and row.runs):
         return row
@@ -222,7 +225,7 @@ def _printable(text: str) -> str:
 def _newest(
     name: str,
     host: HostPaths,
-    newest_by_nix: Callable[[str, Source], Version | None] | None,
+    newest_by_building: Callable[[str, Source], Version | None] | None,
 ) -> Version | None:
     from .source import remembered
 
@@ -231,7 +234,7 @@ def _newest(
         return None
     if source.kind == "runner":
         return _version(source.reference)
-    return newest_by_nix(name, source) if newest_by_nix and source.kind == "flake" else None
+    return newest_by_building(name, source) if newest_by_building else None
 
 
 def as_text(row: Row, paint: Callable[[str, str], str]) -> str:

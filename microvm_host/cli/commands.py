@@ -61,11 +61,13 @@ def microvm() -> None:
 
 @microvm.command("list")
 @click.argument("vms", metavar="[NAME...]", type=NAME, nargs=-1)
-@click.option("--check", is_flag=True, help="Ask nix what flakes would give now; slow.")
+@click.option(
+    "--check", is_flag=True, help="Ask what flakes and declarations would give now; nix is slow."
+)
 @JSON
 def list_(vms: tuple[str, ...], check: bool, as_json: bool) -> None:
     """Show each VM: whether it runs, which version is current and which is booted."""
-    newest = _newest_by_nix if check else None
+    newest = _newest if check else None
     if as_json:
         rows = listing.rows(HOST, vms, newest, neighbours=True)
         click.echo(json.dumps([listing.as_json(row) for row in rows], indent=2))
@@ -73,9 +75,12 @@ def list_(vms: tuple[str, ...], check: bool, as_json: bool) -> None:
         table.show_list(HOST, vms, newest)
 
 
-def _newest_by_nix(name: str, source: Source) -> listing.Version | None:
-    click.echo(f"evaluating {source.reference} for {name} …", err=True)
+def _newest(name: str, source: Source) -> listing.Version | None:
     try:
+        if source.kind == "declaration":
+            path = install.would_be(name, source, HOST)
+            return listing.Version(path) if path else None
+        click.echo(f"evaluating {source.reference} for {name} …", err=True)
         found = install.evaluate(name, source.reference)
     except MicrovmHostError as error:
         click.echo(f"microvm: {name}: {error}", err=True)
@@ -348,18 +353,22 @@ def run(vm: str) -> None:
 @click.argument("target", metavar="[USER@]NAME")
 @click.argument("arguments", metavar="[SSH-ARGUMENT...]", nargs=-1, type=click.UNPROCESSED)
 def ssh(target: str, arguments: tuple[str, ...]) -> None:
-    """Log in to a guest by ssh over vsock, as root unless USER is given."""
+    """Log in to a guest by ssh over vsock, or else by its address, as root unless USER is given."""
     user, at, vm = target.rpartition("@")
     names.vm_name(vm)
     _existing(vm)
     package = runner.load(HOST.booted(vm) if state.booted(vm, HOST) else HOST.current(vm))
-    if package.vsock_cid is None:
+    to: int | str | None = package.vsock_cid
+    if to is None:
+        (row,) = listing.rows(HOST, (vm,), neighbours=True)
+        to = row.addresses[0] if row.addresses else None
+    if to is None:
         raise MicrovmHostError(
-            f"microVM {vm} has no vsock CID to reach it by",
+            f"microVM {vm} has no vsock CID to reach it by, and no address that this host knows",
             path=f"{package.path}/{runner.SHARE}/vsock-cid",
-            hint="set microvm.vsock.cid in its configuration",
+            hint="set vsock.cid in its declaration, or microvm.vsock.cid in its configuration",
         )
-    jobs.become_ssh(user if at else "root", vm, package.vsock_cid, arguments)
+    jobs.become_ssh(user if at else "root", vm, to, arguments)
 
 
 @microvm.command()

@@ -196,22 +196,20 @@ def run_in_foreground(vm: str, host: HostPaths) -> NoReturn:
     _become([*argv, helper, "start", vm])
 
 
-def become_ssh(user: str, vm: str, cid: int, arguments: Sequence[str]) -> NoReturn:
-    """Become ssh, connected to a guest's vsock CID."""
-    proxy = f"{sys.executable} -IS {os.path.abspath(vsock.__file__)} {cid} %p"
-    _become(
-        [
-            "ssh",
-            *("-o", f"ProxyCommand={proxy}"),
-            *("-o", "ProxyUseFdpass=yes"),
-            *("-o", "CheckHostIP=no"),
-            # CIDs are given anew to other VMs; a VM's name stays.
-            *("-o", f"HostKeyAlias=microvm-{vm}"),
-            *("-l", user),
-            f"vsock/{cid}",
-            *arguments,
-        ]
-    )
+def become_ssh(user: str, vm: str, to: int | str, arguments: Sequence[str]) -> NoReturn:
+    """Become ssh, connected to a guest.
+
+    Args:
+        to: its vsock CID, or its address.
+    """
+    argv, host = ["ssh"], str(to)
+    if isinstance(to, int):
+        proxy = f"{sys.executable} -IS {os.path.abspath(vsock.__file__)} {to} %p"
+        argv += ["-o", f"ProxyCommand={proxy}", "-o", "ProxyUseFdpass=yes"]
+        host = f"vsock/{to}"
+    # CIDs and addresses are given anew to other VMs; a VM's name stays.
+    argv += ["-o", "CheckHostIP=no", "-o", f"HostKeyAlias=microvm-{vm}", "-l", user]
+    _become([*argv, host, *arguments])
 
 
 def become_journalctl(vm: str, arguments: Sequence[str]) -> NoReturn:

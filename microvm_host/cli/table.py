@@ -32,10 +32,10 @@ def paint(colours: str, text: str) -> str:
 def show_list(
     host: HostPaths,
     only: tuple[str, ...] = (),
-    newest_by_nix: Callable[[str, Source], listing.Version | None] | None = None,
+    newest_by_building: Callable[[str, Source], listing.Version | None] | None = None,
 ) -> None:
     """Print a line for each VM; raises MicrovmHostError."""
-    rows = listing.rows(host, only, newest_by_nix)
+    rows = listing.rows(host, only, newest_by_building)
     if not rows:
         sys.stderr.write(
             f"no microVMs in {host.state}; `microvm init NAME` makes one to begin with\n"

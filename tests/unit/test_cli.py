@@ -13,7 +13,7 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from microvm_host import __version__, systemd
+from microvm_host import __version__, install, listing, source, systemd
 from microvm_host.cli import commands, entry, jobs
 from microvm_host.paths import HostPaths
 from microvm_host.runner import Macvtap, Package, Share, Tap
@@ -265,7 +265,62 @@ def test_ssh_without_cid(capfd: pytest.CaptureFixture[str], web: Package) -> Non
     os.unlink(f"{web.path}/share/microvm/vsock-cid")
     code, _, err = run(capfd, "ssh", "web")
     assert code == 1
-    assert "microVM web has no vsock CID to reach it by" in err
+    assert "microVM web has no vsock CID to reach it by, and no address" in err
+
+
+def test_ssh_by_address(monkeypatch: pytest.MonkeyPatch, host: HostPaths, web: Package) -> None:
+    os.unlink(f"{web.path}/share/microvm/vsock-cid")
+    called: list[object] = []
+    monkeypatch.setattr(jobs, "become_ssh", lambda *arguments: called.append(arguments))
+    row = listing.Row("web", "active", None, None, addresses=("192.0.2.7", "192.0.2.8"))
+    monkeypatch.setattr(listing, "rows", lambda host, only, *, neighbours: [row])
+    assert microvm("ssh", "alice@web", "ls").exit_code == 0
+    assert called == [("alice", "web", "192.0.2.7", ("ls",))]
+
+
+@pytest.mark.parametrize(
+    ("to", "words"),
+    [
+        ("192.0.2.7", ["-l", "alice", "192.0.2.7", "ls"]),
+        (42, ["-l", "alice", "vsock/42", "ls"]),
+    ],
+)
+def test_command_line_of_ssh(
+    monkeypatch: pytest.MonkeyPatch, to: int | str, words: list[str]
+) -> None:
+    called: list[list[str]] = []
+    monkeypatch.setattr(jobs, "_become", called.append)
+    jobs.become_ssh("alice", "web", to, ["ls"])
+    assert called[0][-4:] == words
+    # Whatever it is reached by, its key is that of the VM.
+    assert "HostKeyAlias=microvm-web" in called[0]
+    assert any("ProxyCommand" in word for word in called[0]) == isinstance(to, int)
+
+
+@pytest.mark.parametrize("newer", ["/packages/web-2", None])
+def test_check_of_a_declaration(
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    host: HostPaths,
+    web: Package,
+    newer: str | None,
+) -> None:
+    packages.put(Path(host.vm("web")), "declaration", "/etc/microvms/web.toml\n")
+    (Path(host.vm("web")) / "runner").unlink(missing_ok=True)
+    monkeypatch.setattr(source, "_is_roots_file", lambda status: True)
+    asked: list[object] = []
+
+    def would_be(name: str, found: source.Source, host: HostPaths) -> str:
+        asked.append((name, found.reference))
+        return newer or web.path
+
+    monkeypatch.setattr(install, "would_be", would_be)
+    monkeypatch.setattr(systemd, "states", lambda *units: {})
+    _, out, _ = run(capfd, "list")
+    assert (asked, "outdated" in out) == ([], False)
+    _, out, _ = run(capfd, "list", "--check")
+    assert asked == [("web", "/etc/microvms/web.toml")]
+    assert ("outdated" in out) == bool(newer)
 
 
 def test_apply_with_nothing_declared(capfd: pytest.CaptureFixture[str], host: HostPaths) -> None:
