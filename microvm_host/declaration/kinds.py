@@ -223,7 +223,9 @@ class Table(Kind):
 
 def dotted(at: Path) -> str:
     """A key as it is written: the line tells which of several tables is meant."""
-    return ".".join(each for each in at if isinstance(each, str))
+    keys = [each for each in at if isinstance(each, str)]
+    # TOML has quotes for those with anything in them.
+    return ".".join(key if key.isprintable() else repr(key) for key in keys)
 
 
 def shown(value: object) -> str:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import os
 import stat
+import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from math import isfinite
@@ -48,6 +49,10 @@ from microvm_host import (
     systemd,
     trust,
 )
+from microvm_host.build import declared, kernels
+from microvm_host.build.tools import Blob, Tools
+from microvm_host.build.tree import File
+from microvm_host.declaration import guest as guests
 from microvm_host.errors import DeclarationError, MicrovmHostError, NameInvalid, PackageError
 from microvm_host.helper import booted, booting, ending, running
 from microvm_host.identity import Identity
@@ -128,6 +133,50 @@ def _declaration(root: str) -> None:
                     # Each line of a drop-in is one of ours.
                     for line in text.read().split("\n"):
                         promise(line.isprintable(), f"{file} has {line!r}")
+
+
+def _tools(guest: guests.Guest) -> Tools:
+    """A host that has all that a package may take."""
+    found = [Blob(guest.kernel, "0" * 64, False, kernels.BZIMAGE)]
+    if guest.initrd is not None:
+        found.append(Blob(guest.initrd, "1" * 64))
+    return Tools(
+        python="/usr/bin/python3",
+        qemu="/usr/bin/qemu-system-x86_64",
+        qemu_version=(10, 0),
+        program=f"/usr/bin/{guest.hypervisor}",
+        program_version=(99, 0),
+        mkfs=tuple((kind, f"/usr/sbin/mkfs.{kind}") for kind in ("ext4", "xfs", "vfat", "erofs")),
+        mcopy="/usr/bin/mcopy",
+        qemu_img="/usr/bin/qemu-img",
+        e2fs_version=(1, 47, 2),
+        erofs_version=(1, 8),
+        blobs=tuple(found),
+    )
+
+
+def _guest(root: str) -> None:
+    """A declared guest, and the package that would be made of it."""
+    os.mkdir(f"{root}/etc")
+    path = f"{root}/etc/{VM}.toml"
+    given = read_input(root)
+    with open(path, "wb") as target:
+        # Few inputs would come to have one by themselves.
+        if b"kernel" not in given and zlib.crc32(given) % 8:
+            target.write(b'kernel = "/boot/vmlinuz"\n')
+        target.write(given)
+    try:
+        package = declared.tree(path, tools=_tools)
+    except DeclarationError as error:
+        promise(str(error).startswith(path), f"it is about {error}")
+        promise(str(error).isprintable(), f"it says {error!s}")
+        raise
+    promise(package.digest == declared.tree(path, tools=_tools).digest, "another one each time")
+    for name, entry in package.entries:
+        promise(not {"", ".", ".."} & {*name.split("/")}, f"it has a file {name!r}")
+        if isinstance(entry, File) and name.startswith("share/"):
+            for line in entry.content.decode().split("\n"):
+                promise(line.isprintable(), f"{name} has {line!r}")
 
 
 # ---- packages
@@ -462,6 +511,32 @@ TARGETS = (
             *(b"true", b"false", b' = "', b"/srv/web", b"git+file:///etc/nixos", b"'''", b'"""'),
             *(b"1979-05-27T07:32:00Z", b"inf", b"nan", b"0x1f", b"1e5", b"[[", b"]]", b"{ a = 1 }"),
             *(b"\\u0000", b"\\U0010FFFF", b"\\n", b"[x.y]", b"90", b"-1", b"0.5", b"1_000"),
+        ),
+    ),
+    Target(
+        "guest",
+        _guest,
+        (DeclarationError,),
+        (
+            *(key.encode() for key in declaration.GUEST_KEYS),
+            *(b"[[volumes]]\nimage = ", b"[[interfaces]]\ntype = ", b"[[shares]]\ntag = "),
+            *(b"[[devices]]\nbus = ", b"[[forwardPorts]]\n", b"[cloudInit]\n", b"[vsock]\n"),
+            *(b"source", b"proto", b"id", b"mac", b"bridge", b"size = 64\n", b"fsType", b"label"),
+            *(b"serial", b"readOnly = true\n", b"host.port = 1\n", b"guest.port = 2\n", b"path"),
+            *(b'"tap"', b'"user"', b'"macvtap"', b'"virtiofs"', b'"9p"', b'"pci"', b'"qemu"'),
+            *(b'"cloud-hypervisor"', b'"firecracker"', b'"crosvm"', b'"kvmtool"', b'"alioth"'),
+            *(b'"stratovirt"', b" = ", b"\n", b"true", b"false", b"1", b"4096", b'"/srv/a b,c"'),
+            *(b'"02:00:00:00:00:01"', b'"0000:01:00.0"', b'"vendorid=0x1,productid=0x2"'),
+            *(
+                b'"$(id)`id`"',
+                b"'a\"b'",
+                b'"a\\nb"',
+                b'"\\u0000"',
+                b'"-x"',
+                b'"../x"',
+                b"[]",
+                b"{}",
+            ),
         ),
     ),
     Target(
