@@ -519,7 +519,7 @@ for number in range(int(rounds)):
 @pytest.mark.fault
 def test_many_rounds(machine: Toolkit, vm: str) -> None:
     """Started, seen with its devices open, stopped; after each the host is as it was."""
-    count = rounds(8, 50)
+    count = rounds(5, 50)
     devices = (SPARE_E1000E, SPARE_RNG)
     machine.create(holder(vm, *devices))
     done = machine.host.run(
