@@ -148,7 +148,7 @@ format:
 	$(IN_TOOLS) $$tools/bin/ruff format --no-cache -q $(CODE)
 
 test: check
-	$(IN_TOOLS) $(AS_ROOT) $(PYTEST) tests/guest tests/host tests/system
+	$(IN_TOOLS) $(AS_ROOT) $(PYTEST) --durations=20 tests/guest tests/host tests/system
 
 # -s, since it tells how far it is.
 test-faults: export MICROVM_HOST_TEST_ROUNDS = full
