@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Makes the VMs declared under /etc/microvms start at boot (systemd.generator(7)).
 
-For each declaration: a link by which microvms.target wants the VM, unless it says
-`autostart = false`, one by which the VM wants install-microvm@, which brings its package up to
-date first, and drop-ins with whom it runs as and what it says on starts and stops, if anything.
-Runs before /var is mounted and delays boot: it reads /etc/microvms, writes these, and must neither
-import more than `declaration` needs nor talk to any process.
+One drop-in by which microvms.target wants all of them that do not say `autostart = false`, one by
+which a VM wants install-microvm@, which brings a declared VM's package up to date first, and for
+each VM drop-ins with whom it runs as and what it says on starts and stops, if anything. A VM that
+says nothing costs a line, and no file: the generator runs before /var is mounted and delays boot.
+It reads /etc/microvms, writes these, and must neither import more than `declaration` needs nor talk
+to any process.
 
 One broken declaration is logged and skipped; the others, and the boot, go on.
 """
@@ -25,35 +26,44 @@ if TYPE_CHECKING:
 
     from .declaration import Declaration
 
-TARGET = "microvms.target"
+# Both sort before systemctl edit's override.conf, which therefore has the last word. An instance's
+# drop-in takes the place of one of the same name of its template, so that they have two names.
+_ALL = "50-declared.conf"
+_ONE = "50-declaration.conf"
+# To build a flake may be to fetch it.
+_FETCHES = ["Wants=network-online.target", "After=network-online.target"]
+# systemd's words for the declaration's.
+_RESTART = {"on-failure": "on-failure", "never": "no"}
 
 
-def generate(
-    directory: str, units: str, host: HostPaths, complain: Callable[[DeclarationError], None]
-) -> None:
-    """Write the links and drop-ins for all declarations.
+def generate(directory: str, host: HostPaths, complain: Callable[[DeclarationError], None]) -> None:
+    """Write the drop-ins for all declarations.
 
     Args:
         directory: the generator's output, the first one that systemd names.
-        units: where the unit files are installed.
         complain: takes the error of each declaration that is skipped.
     """
     found = []
     for declared in declaration.load_all(host.declarations):
         if isinstance(declared, DeclarationError):
             complain(declared)
-            continue
-        found.append(declared)
-        vm = names.unit(declared.name)
-        _want(directory, vm, units, f"install-microvm@{declared.name}.service")
-    started = [names.unit(declared.name) for declared in found if declared.autostart]
-    if started:
-        _want(directory, TARGET, units, *started)
+        else:
+            found.append(declared)
+    if not found:
+        return
+    # Of the template, since one for each would be two more files each. Where nothing is declared by
+    # an instance's name, the condition of install-microvm@ skips it.
+    _write(f"{directory}/microvm@.service.d", _ALL, {"Unit": ["Wants=install-microvm@%i.service"]})
+    if wanted := [f"Wants={names.unit(each.name)}" for each in found if each.autostart]:
+        _write(f"{directory}/microvms.target.d", _ALL, {"Unit": wanted})
     earlier = _earlier(found)
     for declared in found:
         _write_user(directory, declared)
         order = declared.order
-        _write_drop_in(directory, declared, [] if order is None else earlier[order])
+        _write_service(directory, declared, [] if order is None else earlier[order])
+        if declared.source.kind == "flake":
+            install = f"{directory}/install-microvm@{declared.name}.service.d"
+            _write(install, _ONE, {"Unit": _FETCHES})
 
 
 def _write_user(directory: str, declared: Declaration) -> None:
@@ -75,9 +85,8 @@ def _earlier(declarations: list[Declaration]) -> dict[int, list[str]]:
     }
 
 
-def _write_drop_in(directory: str, declared: Declaration, earlier: list[str]) -> None:
+def _write_service(directory: str, declared: Declaration, earlier: list[str]) -> None:
     """Write what a declaration says on starts and stops, where it differs from the unit's own."""
-    unit = [f"After={names.unit(name)}" for name in earlier]
     service = [f"Restart={_RESTART[declared.restart]}"] if declared.restart != "always" else []
     for variable, value in (
         ("MICROVM_SHUTDOWN_SECONDS", declared.shutdown_timeout),
@@ -88,29 +97,20 @@ def _write_drop_in(directory: str, declared: Declaration, earlier: list[str]) ->
     ):
         if value is not None:
             service.append(f"Environment={variable}={value:.15g}")
-    if not unit and not service:
-        return
-    # Sorts before systemctl edit's override.conf, which therefore has the last word.
-    path = f"{directory}/{names.unit(declared.name)}.d/50-declaration.conf"
-    _make_directory(os.path.dirname(path))
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(f"# What {declared.name}.toml says, by microvm-generator.\n")
-        for section, lines in (("Unit", unit), ("Service", service)):
+    unit = [f"After={names.unit(name)}" for name in earlier]
+    if unit or service:
+        drop_ins = f"{directory}/{names.unit(declared.name)}.d"
+        _write(drop_ins, _ONE, {"Unit": unit, "Service": service})
+
+
+def _write(drop_ins: str, name: str, sections: dict[str, list[str]]) -> None:
+    """Write a drop-in."""
+    _make_directory(drop_ins)
+    with open(f"{drop_ins}/{name}", "w", encoding="utf-8") as file:
+        file.write("# By microvm-generator, for what /etc/microvms declares.\n")
+        for section, lines in sections.items():
             if lines:
                 file.write("\n".join(["", f"[{section}]", *lines, ""]))
-
-
-# systemd's words for the declaration's.
-_RESTART = {"on-failure": "on-failure", "never": "no"}
-
-
-def _want(directory: str, unit: str, units: str, *wanted: str) -> None:
-    """Make `unit` want instances of templates."""
-    wants = f"{directory}/{unit}.wants"
-    _make_directory(wants)
-    for each in wanted:
-        template = each.partition("@")[0] + "@.service"
-        os.symlink(f"{units}/{template}", f"{wants}/{each}")
 
 
 def _make_directory(path: str) -> None:
@@ -121,13 +121,11 @@ def _make_directory(path: str) -> None:
         pass
 
 
-def main(argv: list[str], units: str) -> int:
+def main(argv: list[str]) -> int:
     """Entry point: systemd names three output directories, of which we use the first."""
     if len(argv) not in (2, 4):
         sys.stderr.write("usage: microvm-generator DIRECTORY [EARLY-DIRECTORY LATE-DIRECTORY]\n")
         return 2
     host = HostPaths.from_environment()
-    generate(
-        argv[1], units, host, lambda error: log.kernel(log.ERR, f"{error}; skipped", host.kmsg)
-    )
+    generate(argv[1], host, lambda error: log.kernel(log.ERR, f"{error}; skipped", host.kmsg))
     return 0

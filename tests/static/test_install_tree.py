@@ -121,7 +121,7 @@ def test_settings_are_honoured(tmp_path: Path) -> None:
     assert "WorkingDirectory=/var/lib/microvms/%i" in unit
     assert '"/opt/x/libexec/mvh"' in (tmp_path / "opt/x/bin/microvm").read_text()
     generator = tmp_path / "opt/x/lib/systemd/system-generators/microvm-generator"
-    assert '"/lib/systemd/system"' in generator.read_text()
+    assert '"/opt/x/libexec/mvh"' in generator.read_text()
     assert (tmp_path / "opt/x/man/man8/microvm.8").is_file()
     assert not (tmp_path / "usr").exists()
 
