@@ -151,14 +151,9 @@ def main_process(machine: Toolkit, name: str) -> str:
 
 @pytest.fixture(scope="module")
 def machine() -> Iterator[Toolkit]:
-    """A virtual host with the toolkit and spare devices; one of its spare cards is up.
-
-    With one CPU: QEMU before 8.2, where it emulates several, may lose what one of them writes to a
-    device while another changes the memory map, as drivers do when they come and go (fixed by its
-    commit 0d58c660689f). The host hangs when that was the end of an interrupt.
-    """
+    """A virtual host with the toolkit and spare devices; one of its spare cards is up."""
     require_virtual()
-    with VirtualHost(memory=3072, smp=1, spare_devices=True) as host:
+    with VirtualHost(memory=3072, spare_devices=True) as host:
         toolkit = Toolkit(host)
         toolkit.install()
         toolkit.build_image()
