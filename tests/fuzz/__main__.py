@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import multiprocessing
 import os
 import sys
@@ -69,6 +70,9 @@ def main() -> int:
     )
     findings = [finding for report in reports.values() for finding in report.findings]
     if findings:
+        # A finding may repeat what cannot be printed.
+        assert isinstance(sys.stdout, io.TextIOWrapper)
+        sys.stdout.reconfigure(errors="backslashreplace")
         directory = options.findings or tempfile.mkdtemp(prefix="microvm-fuzz-")
         for finding in findings:
             path = Path(directory) / finding.target / _file_name(finding.tree)

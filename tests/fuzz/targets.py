@@ -61,7 +61,7 @@ from microvm_host.record import Record
 from microvm_host.runner import Package
 from microvm_host.shares import Virtiofsd
 
-from . import hosts, peers
+from . import agent, hosts, peers
 from .engine import Broken, Target, promise, read_input, replaced
 
 VM = "web"
@@ -607,6 +607,28 @@ TARGETS = (
             *(b"X_SYSTEMD_UNIT_ACTIVE=", b"X_SYSTEMD_UNIT_INACTIVE=", b"emergency.target"),
             *(b"rescue.target\n", b"MAINPID=1\n", b"FDSTORE=1\n", b"EXTEND_TIMEOUT_USEC=9\n"),
             *(b"BARRIER=1\n", b"STOPPING=1\n", b"ready=1\n", b"x" * 200, b"y" * 4096),
+        ),
+        share=0.7,
+    ),
+    Target(
+        "agent",
+        agent.agent_answers,
+        (MicrovmHostError,),
+        (
+            *(b'{"return": 7}\n', b'\xff{"return": 7}\n', b'{"return": {"pid": 4}}\n', agent.NEXT),
+            *(b'{"return": {"exited": false}}\n', b'{"return": {"exited": true, "exitcode": 0}}\n'),
+            *(
+                b'"signal": 9',
+                b'"out-data": "aGVsbG8K"',
+                b'"err-data": "',
+                b'"out-truncated": true',
+            ),
+            *(
+                b'{"error": {"class": "CommandNotFound", "desc": "disabled"}}\n',
+                b'"desc": "\\u001b',
+            ),
+            *(b"null", b"true", b"[]", b"{}", b"NaN", b"1e400", b"9" * 5000, b"-1", b"\xff", b"\n"),
+            *(b'{"a":' * 2000, b"[" * 2000, b"\\ud800", b"=", b"====", b"x" * 66000),
         ),
         share=0.7,
     ),
