@@ -147,8 +147,10 @@ format:
 	$(IN_TOOLS) $$tools/bin/ruff check --no-cache -q --fix $(CODE)
 	$(IN_TOOLS) $$tools/bin/ruff format --no-cache -q $(CODE)
 
+# Two at a time, in the groups that tests/conftest.py makes.
 test: check
-	$(IN_TOOLS) $(AS_ROOT) $(PYTEST) --durations=20 tests/guest tests/host tests/system
+	$(IN_TOOLS) $(AS_ROOT) $(PYTEST) -n 2 --dist loadgroup --durations=20 \
+		tests/guest tests/host tests/system
 
 # -s, since it tells how far it is.
 test-faults: export MICROVM_HOST_TEST_ROUNDS = full
