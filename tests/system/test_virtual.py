@@ -420,6 +420,33 @@ def test_the_guests_own_systemd(machine: Toolkit, tree: Share) -> None:
     machine.remove("real")
 
 
+def test_btrfs_does_not_copy_disks_on_write(machine: Toolkit) -> None:
+    machine.sh(
+        "truncate -s 300M /srv/btrfs.img && mkfs.btrfs -q /srv/btrfs.img && mkdir -p /srv/btrfs && "
+        "mount -o loop /srv/btrfs.img /srv/btrfs && install -d -o microvm -g microvm /srv/btrfs/vm "
+        "&& mkdir -p /etc/microvms"
+    )
+    machine.host.write(
+        "/etc/microvms/nocow.toml",
+        f'autostart = false\nkernel = "{IMAGE}/vmlinuz"\ninitrd = "{IMAGE}/initrd"\n'
+        '[[volumes]]\nimage = "/srv/btrfs/vm/raw.img"\nsize = 16\nfsType = "vfat"\n'
+        '[[volumes]]\nimage = "/srv/btrfs/vm/qcow2.img"\nsize = 16\nfsType = "vfat"\n'
+        'imageType = "qcow2"\n',
+    )
+    machine.sh("microvm apply")
+    machine.systemctl("start", "microvm@nocow", timeout=120)
+    # The package's script makes them, and then runs the hypervisor.
+    shown = eventually(
+        lambda: machine.sh("lsattr /srv/btrfs/vm").splitlines(),
+        lambda lines: {line.rpartition("/")[2] for line in lines} == {"raw.img", "qcow2.img"},
+        60,
+        "the images are not made",
+    )
+    assert all("C" in line.partition(" ")[0] for line in shown), shown
+    machine.remove("nocow")
+    machine.sh("umount /srv/btrfs && rm -r /srv/btrfs /srv/btrfs.img")
+
+
 def test_up_again_after_a_real_reboot(machine: Toolkit) -> None:
     machine.create(Stub(name="always", taps=(Tap(name="always0", mac="02:00:00:00:04:01"),)))
     machine.systemctl("enable", "--now", "microvm@always", timeout=120)
@@ -434,6 +461,7 @@ def test_up_again_after_a_real_reboot(machine: Toolkit) -> None:
     assert "/etc/microvms/broken.toml:1: is not TOML" in log
     machine.systemctl("stop", "microvm@always", timeout=120)
     machine.remove("always")
+    machine.sh("rm /etc/microvms/broken.toml; systemctl daemon-reload")
 
 
 def test_a_declared_guest_under_kvm(machine: Toolkit, tree: Share) -> None:
