@@ -329,7 +329,9 @@ class _Machine:
         """The port of QEMU's guest agent."""
         return [
             *("-chardev", _listening("agent", self.agent)),
-            *self._device("virtio-serial"),
+            # Each port that might be takes two queues, in the guest's memory and in QEMU's: the 31
+            # that it has by itself 6 MB of both. What else there may be by extraArgs finds room.
+            *self._device("virtio-serial", "max_ports=8"),
             *("-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0"),
         ]
 
