@@ -98,7 +98,7 @@ def build(guest: Guest, tools: Tools) -> Tree:
         control=(machine.control, "qmp"),
         event_log=machine.event_log,
         console=machine.console if guest.qemu.serial_console else None,
-        agent=machine.agent,
+        agent=machine.agent if guest.qemu.guest_agent else None,
     )
     entries |= payload.files(guest, tools)
     entries[MICROVM_RUN] = File(machine.run_script(), 0o755)
@@ -204,8 +204,9 @@ class _Machine:
         if guest.devices:
             raise Refused(at, "qemu.machineOpts.pcie = 'off' leaves no bus for devices of the host")
         count = len(guest.volumes) + len(guest.interfaces) + len(guest.shares)
-        # Beside these: random numbers, the agent's port, the balloon, the vsock.
-        count += 2 + len(seed.volumes(guest)) + guest.balloon + (guest.vsock_cid is not None)
+        # Beside these: random numbers, the balloon, the agent's port, the vsock.
+        count += 1 + len(seed.volumes(guest)) + guest.balloon + guest.qemu.guest_agent
+        count += guest.vsock_cid is not None
         if count > _MMIO_MAX:
             raise Refused(
                 at,
@@ -245,7 +246,8 @@ class _Machine:
         if guest.virtiofs:
             argv += ["-object", f"memory-backend-memfd,id=mem,size={guest.mem}M,share=on"]
         argv += self._device("virtio-rng")
-        argv += self._agent()
+        if guest.qemu.guest_agent:
+            argv += self._agent()
         argv += self._hotplug()
         if guest.balloon:
             deflates = "on" if guest.deflate_on_oom else "off"

@@ -105,6 +105,7 @@ def execute(
             raise MicrovmHostError(
                 f"the package of {vm} tells of no port of a guest agent",
                 path=f"{found.package.path}/{SHARE}/agent-socket",
+                hint="[qemu] guestAgent = true in its declaration makes one",
             )
         given = sys.stdin.buffer.read() if has_input else None
         ended = guestagent.run(lambda within: found.connect(path, within), argv, given, timeout)

@@ -140,6 +140,7 @@ class Qemu:
     machine_opts: tuple[tuple[str, str], ...] = ()
     extra_args: tuple[str, ...] = ()
     serial_console: bool = True
+    guest_agent: bool = False
 
 
 @frozen
@@ -301,6 +302,7 @@ class _Reader:
                 machine_opts=qemu["machineOpts"],
                 extra_args=qemu["extraArgs"],
                 serial_console=qemu["serialConsole"],
+                guest_agent=qemu["guestAgent"],
             ),
             own_arguments=tuple((each, found[each]["extraArgs"]) for each in OWN_TABLES),
             oem_strings=found["cloud-hypervisor"]["platformOEMStrings"],

@@ -443,6 +443,12 @@ GUEST = Table(
                     "serialConsole": Key(
                         Truth(), True, "Whether the guest's console is the VM's output."
                     ),
+                    "guestAgent": Key(
+                        Truth(),
+                        False,
+                        "Whether there is a port for qemu-guest-agent, by which microvm exec runs "
+                        "commands.",
+                    ),
                 }
             ),
             None,

@@ -28,6 +28,7 @@ kernel = "{IMAGE}/vmlinuz"
 initrd = "{IMAGE}/initrd"
 mem = 256
 balloon = true
+qemu.guestAgent = true
 # What the balloon takes, the guest's kernel takes off its total then.
 deflateOnOOM = false
 kernelParams = [
