@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 
-from . import declaration, install, network, process
+from . import declaration, install, names, network, process
 from .errors import MicrovmHostError, UsageError
 from .frozen import frozen
-from .guests import kernel, small, template
+from .guests import archives, bootstrap, debian, kernel, keys, small, template
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,48 +21,132 @@ if TYPE_CHECKING:
     from .install import Change
     from .paths import HostPaths
 
-SMALL = "small"
-GUESTS = (SMALL,)
+SMALL, DEBIAN = "small", "debian"
+GUESTS = (SMALL, DEBIAN)
 # In MB.
-MEM_DEFAULT = {SMALL: 256}
+MEM_DEFAULT = {SMALL: 256, DEBIAN: 1024}
+LOGIN_DEFAULT = "admin"
+# In MiB; sparse.
+DISK_DEFAULT = 10240
+# The guest itself takes about one.
+DISK_LEAST = 2048
 
 
 @frozen
 class Wish:
-    """What a VM is to be; None is what fits. `mem` is in MB, `kernel` the path of an image."""
+    """What a VM is to be; None is what fits. `mem` is in MB, `kernel` the path of an image.
+
+    What comes after `mem` is for Debian: `ssh_keys` are files, `disk` is in MiB, and `fresh` has
+    its root made anew.
+    """
 
     name: str
     guest: str = SMALL
     kernel: str | None = None
     mem: int | None = None
+    suite: str | None = None
+    mirror: str | None = None
+    login: str | None = None
+    ssh_keys: tuple[str, ...] = ()
+    disk: int | None = None
+    fresh: bool = False
+
+    def check(self) -> None:
+        """Raise UsageError for what goes with another guest."""
+        debians = {
+            "--suite": self.suite,
+            "--mirror": self.mirror,
+            "--login": self.login,
+            "--ssh-key": self.ssh_keys,
+            "--disk": self.disk,
+            "--fresh": self.fresh,
+        }
+        smalls = {"--kernel": self.kernel}
+        options, only = (debians, DEBIAN) if self.guest == SMALL else (smalls, SMALL)
+        for option, value in options.items():
+            if value:
+                raise UsageError(f"{option} is for --guest {only} alone")
 
 
 def make(wish: Wish, host: HostPaths, say: Callable[[str], object]) -> str:
     """Make the guest, and give the text of its declaration; nothing is declared by that.
 
     Args:
-        say: is told what takes a while.
+        say: is told what takes a while, and what has to be known.
 
     Raises:
+        UsageError: the wish cannot be.
         MicrovmHostError: this host lacks something that the guest is made of.
     """
+    wish.check()
+    made = _debian(wish, host, say) if wish.guest == DEBIAN else _small(wish, host, say)
+    return template.declaration(made)
+
+
+def _small(wish: Wish, host: HostPaths, say: Callable[[str], object]) -> template.Guest:
     found = kernel.find(host, os.uname().release, wish.kernel)
     busybox = small.find_busybox(host)
     image, initrd = small.make(found, busybox, host, say)
-    return template.declaration(
-        template.Guest(
-            name=wish.name,
-            about=(
-                f"Its guest is Linux {found.version} with busybox, all in memory: what is written",
-                "there is gone when it ends. Log in as root, without a password.",
-            ),
-            kernel=image,
-            initrd=initrd,
-            kernel_params=("quiet", f"hostname={wish.name}"),
-            mem=wish.mem or MEM_DEFAULT[wish.guest],
-            bridge=network.BRIDGE if network.bridge_is_there(host) else None,
-        )
+    return template.Guest(
+        name=wish.name,
+        about=(
+            f"Its guest is Linux {found.version} with busybox, all in memory: what is written",
+            "there is gone when it ends. Log in as root, without a password.",
+        ),
+        kernel=image,
+        initrd=initrd,
+        kernel_params=("quiet", f"hostname={wish.name}"),
+        mem=wish.mem or MEM_DEFAULT[SMALL],
+        bridge=_bridge(host),
     )
+
+
+def _debian(wish: Wish, host: HostPaths, say: Callable[[str], object]) -> template.Guest:
+    user = names.guest_user_name(wish.login or LOGIN_DEFAULT)
+    # All that can be wrong at once, before what takes minutes.
+    origin = archives.origin(host, wish.suite, wish.mirror)
+    if wish.ssh_keys:
+        lines, files = keys.named(wish.ssh_keys), wish.ssh_keys
+    else:
+        lines, files = keys.own(host, os.environ)
+    bootstrap.check_host()
+    recipe = debian.Recipe(origin)
+    archive = debian.make(recipe, host, say, fresh=wish.fresh)
+    for path in debian.superseded(recipe, host, archive.root):
+        say(f"no declaration names {path} any more: rm -r {path}")
+    who = user if user == template.ROOT else f"{template.ROOT} and {user}"
+    if lines:
+        say(f"{who} may log in by ssh with the keys of {', '.join(files)}")
+    else:
+        say(f"no ssh key was found by which {who} could log in: --ssh-key FILE gives one")
+    by_password = (
+        f"Nobody has a password. For one, to log in with on the console, while {wish.name} runs:",
+        f"    microvm exec -i {wish.name} -- chpasswd",
+        f"and type {user}:PASSWORD, Enter and Ctrl-D.",
+    )
+    say("\n".join(by_password))
+    has_vsock = os.path.exists(host.vhost_vsock) and origin.suite not in debian.WITHOUT_VSOCK_SSH
+    return template.Guest(
+        name=wish.name,
+        about=(
+            f"Its guest is Debian {origin.suite} with cloud-init, of {origin.mirror}.",
+            f"By ssh one logs in as {who}"
+            + ("." if user == template.ROOT else ", who may do all by sudo."),
+            *by_password,
+        ),
+        kernel=archive.kernel,
+        initrd=archive.initrd,
+        kernel_params=(f"root=LABEL={debian.LABEL}", "rw", "quiet"),
+        mem=wish.mem or MEM_DEFAULT[DEBIAN],
+        bridge=_bridge(host),
+        disk=template.Disk("root.img", wish.disk or DISK_DEFAULT, debian.LABEL, archive.root),
+        login=template.Login(user, lines),
+        vsock=has_vsock,
+    )
+
+
+def _bridge(host: HostPaths) -> str | None:
+    return network.BRIDGE if network.bridge_is_there(host) else None
 
 
 def declare(

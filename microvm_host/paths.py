@@ -129,6 +129,24 @@ class HostPaths:
         return (self.at("/bin/busybox"), self.at("/usr/bin/busybox"), self.at("/sbin/busybox"))
 
     @property
+    def vhost_vsock(self) -> str:
+        """What gives a guest a vsock, by the host's kernel."""
+        return self.at("/dev/vhost-vsock")
+
+    @property
+    def debian_keyring(self) -> str:
+        """The keys of Debian's archive, where a distribution has them as a package."""
+        return self.at("/usr/share/keyrings/debian-archive-keyring.gpg")
+
+    def os_release_places(self) -> tuple[str, ...]:
+        """What tells which distribution this is (os-release(5))."""
+        return (self.at("/etc/os-release"), self.at("/usr/lib/os-release"))
+
+    def ssh_directory(self, home: str) -> str:
+        """Where a user has their ssh keys."""
+        return self.at(f"{home}/.ssh")
+
+    @property
     def packages_lock(self) -> str:
         """Held by whoever puts packages there or takes them away."""
         return self.at("/run/microvm-host-packages.lock")

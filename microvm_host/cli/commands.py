@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from .. import init as initial
     from .. import install, listing, pcilisting, reconcile, runner, service, state, users
     from .. import network as networking
-    from . import access, built, fresh, jobs, networks, table
+    from . import access, built, jobs, networks, table
+    from . import fresh as fresh_guests
     from . import pci as pci_commands
 else:
     json = Later("json")
@@ -34,7 +35,7 @@ else:
     install, listing, pcilisting = Later("..install"), Later("..listing"), Later("..pcilisting")
     reconcile, runner, state = Later("..reconcile"), Later("..runner"), Later("..state")
     service, users = Later("..service"), Later("..users")
-    access, built, fresh = Later(".access"), Later(".built"), Later(".fresh")
+    access, built, fresh_guests = Later(".access"), Later(".built"), Later(".fresh")
     initial, jobs, networks = Later("..init"), Later(".jobs"), Later(".networks")
     networking = Later("..network")
     pci_commands, table = Later(".pci"), Later(".table")
@@ -268,19 +269,57 @@ def rollback(vm: str, to: str | None, restart: bool) -> None:
 
 @microvm.command()
 @click.argument("vm", metavar="NAME", type=NAME)
-@click.option("--kernel", metavar="PATH", help="The kernel's image; default: the host's own.")
+@click.option(
+    "--guest",
+    type=click.Choice(("small", "debian")),
+    default="small",
+    help="small: this host's kernel and busybox, in memory. debian: Debian with cloud-init.",
+)
 @click.option("--memory", metavar="MB", type=click.IntRange(64), help="Memory of the guest.")
+@click.option(
+    "--kernel", metavar="PATH", help="small: the kernel's image; default: the host's own."
+)
+@click.option(
+    "--suite", metavar="SUITE", help="debian: trixie, for example; default: the host's own."
+)
+@click.option(
+    "--mirror", metavar="URL", help="debian: where packages come from; default: as apt's."
+)
+@click.option("--login", metavar="USER", help="debian: a user who may log in; default: admin.")
+@click.option(
+    "--ssh-key",
+    "ssh_keys",
+    metavar="FILE",
+    multiple=True,
+    help="debian: public keys that let them in; default: those in your ~/.ssh.",
+)
+@click.option("--disk", metavar="MB", type=click.IntRange(2048), help="debian: size of its disk.")
+@click.option("--fresh", is_flag=True, help="debian: make its root anew, of the newest packages.")
 @click.option("--force", is_flag=True, help="Replace a declaration, which is kept as .old.")
 @click.option("-o", "--output", metavar="FILE", help="Write the declaration there alone; - prints.")
-def init(vm: str, kernel: str | None, memory: int | None, force: bool, output: str | None) -> None:
-    """Make a small guest of this host's own packages, and a declaration that starts it.
+def init(
+    vm: str,
+    guest: str,
+    memory: int | None,
+    kernel: str | None,
+    suite: str | None,
+    mirror: str | None,
+    login: str | None,
+    ssh_keys: tuple[str, ...],
+    disk: int | None,
+    fresh: bool,
+    force: bool,
+    output: str | None,
+) -> None:
+    """Make a guest of this host's own packages, or of Debian's, and a declaration that starts it.
 
-    The guest is the host's kernel with busybox, and boots to a login prompt.
+    It boots to a login prompt.
     """
     _as_root()
     image = None if kernel is None else os.path.abspath(kernel)
-    wish = initial.Wish(vm, kernel=image, mem=memory)
-    fresh.make(wish, HOST, output, replaces=force)
+    files = tuple(map(os.path.abspath, ssh_keys))
+    wish = initial.Wish(vm, guest, image, memory, suite, mirror, login, files, disk, fresh)
+    fresh_guests.make(wish, HOST, output, replaces=force)
 
 
 @microvm.command()

@@ -263,7 +263,8 @@ _SHARE = Table(
         ),
     }
 )
-_SSH_KEYS = List(Text(_ssh_key))
+SSH_KEY = Text(_ssh_key)
+_SSH_KEYS = List(SSH_KEY)
 _CLOUD_USER = Table(
     {
         "name": Key(

@@ -11,13 +11,32 @@ from ..errors import NameInvalid
 from ..frozen import frozen
 
 _LONGEST_INTERFACE = 15
+ROOT = "root"
+
+
+@frozen
+class Disk:
+    """The disk that a guest boots from, made once of an archive; `size` is in MiB."""
+
+    image: str
+    size: int
+    label: str
+    source: str
+
+
+@frozen
+class Login:
+    """Who may log in, besides root, and by which lines of ssh public keys."""
+
+    user: str
+    keys: tuple[str, ...]
 
 
 @frozen
 class Guest:
     """What is to be declared. `mem` is in MB; `bridge` None is a network without the host's help.
 
-    `about` says what it is, a line each; `image` is the disk that it starts with, if it has one.
+    `about` says what it is, a line each. A guest with a login has cloud-init in it.
     """
 
     name: str
@@ -27,6 +46,9 @@ class Guest:
     kernel_params: tuple[str, ...]
     mem: int
     bridge: str | None = None
+    disk: Disk | None = None
+    login: Login | None = None
+    vsock: bool = False
 
 
 def declaration(guest: Guest) -> str:
@@ -34,7 +56,7 @@ def declaration(guest: Guest) -> str:
     name = guest.name
     lines = [
         f"# {name}: a microVM, by `microvm init`.",
-        *(f"# {line}" for line in guest.about),
+        *(f"# {line}".rstrip() for line in guest.about),
         "#",
         f"#     systemctl start microvm@{name}      starts it",
         f"#     microvm console {name}              is on its console; Ctrl-] leaves it",
@@ -47,6 +69,7 @@ def declaration(guest: Guest) -> str:
         '# "always": a guest that powers itself off is started again.',
         'restart = "on-failure"',
         "",
+        *([] if guest.disk is None else _KERNEL_OF_DISK),
         f"kernel = {_quoted(guest.kernel)}",
         f"initrd = {_quoted(guest.initrd)}",
         f"kernelParams = [{', '.join(map(_quoted, guest.kernel_params))}]",
@@ -55,9 +78,12 @@ def declaration(guest: Guest) -> str:
         "# In MB.",
         f"mem = {guest.mem}",
         "",
+        *(_VSOCK if guest.vsock else []),
         *_network(guest),
         "",
-        "# A disk, which is made empty on the first start; the small guest has it on /mnt/vda.",
+        *([] if guest.disk is None else _root(guest, guest.disk)),
+        "# A disk, which is made empty on the first start"
+        + ("; the small guest has it on /mnt/vda." if guest.disk is None else "."),
         "# [[volumes]]",
         '# image = "data.img"',
         "# size = 1024",
@@ -67,8 +93,77 @@ def declaration(guest: Guest) -> str:
         f"# tag = {_quoted(name)}",
         f"# source = {_quoted(f'/srv/{name}')}",
         '# proto = "virtiofs"',
+        *([] if guest.login is None else _cloud_init(guest, guest.login)),
     ]
     return "\n".join([*lines, ""])
+
+
+_KERNEL_OF_DISK = (
+    "# What the host boots, whatever kernels the guest's own apt installs: its modules are those",
+    "# that the disk was made with.",
+)
+_VSOCK = (
+    "# `microvm ssh` goes by this, and needs no network.",
+    "vsock = {}",
+    '# A start waits until the guest has booted: readiness = "guest"',
+    "",
+)
+
+
+def _root(guest: Guest, disk: Disk) -> list[str]:
+    return [
+        "# Made of the archive when there is none yet, and the guest's own from then on. To begin",
+        f"# anew: stop it, and delete /var/lib/microvms/{guest.name}/{disk.image}",
+        "[[volumes]]",
+        f"image = {_quoted(disk.image)}",
+        "# In MiB; it takes as much of the host as is written to it.",
+        f"size = {disk.size}",
+        f"label = {_quoted(disk.label)}",
+        f"source = {_quoted(disk.source)}",
+        "",
+    ]
+
+
+def _cloud_init(guest: Guest, login: Login) -> list[str]:
+    lines = [
+        "",
+        "# What cloud-init sets up at the first boot, and once: for a change of this,",
+        '# instanceId = "another" has it do so again.',
+        "[cloudInit]",
+        f"hostname = {_quoted(host_name(guest.name))}",
+    ]
+    if login.user != ROOT:
+        lines += [
+            "",
+            "[[cloudInit.users]]",
+            f"name = {_quoted(login.user)}",
+            'groups = ["adm", "sudo"]',
+            'shell = "/bin/bash"',
+            'sudo = "ALL=(ALL) NOPASSWD:ALL"',
+            *_keys(login),
+        ]
+    lines += [
+        "",
+        f"# `microvm ssh {guest.name}` is root's.",
+        "[[cloudInit.users]]",
+        f"name = {_quoted(ROOT)}",
+        *_keys(login),
+    ]
+    return lines
+
+
+def _keys(login: Login) -> list[str]:
+    if not login.keys:
+        return ['# sshAuthorizedKeys = ["ssh-ed25519 AAAAC3… alice@example.org"]']
+    return ["sshAuthorizedKeys = [", *(f"    {_quoted(key)}," for key in login.keys), "]"]
+
+
+def host_name(vm: str) -> str:
+    """A host name for a VM: its own where that can be one."""
+    if names.is_host_name(vm):
+        return vm
+    allowed = (each if each.isascii() and each.isalnum() else "-" for each in vm)
+    return "".join(allowed).strip("-") or "guest"
 
 
 def _network(guest: Guest) -> list[str]:
