@@ -59,7 +59,7 @@ _microvm() {
             mapfile -t COMPREPLY < <(compgen -d -- "$current")
             return 0
             ;;
-        init:--kernel | init:-o | init:--output)
+        init:--kernel | init:--ssh-key | init:-o | init:--output)
             compopt -o filenames 2> /dev/null || :
             mapfile -t COMPREPLY < <(compgen -f -- "$current")
             return 0
@@ -69,6 +69,7 @@ _microvm() {
     case $command:$previous in
         create:--user | adopt:--user) options='auto microvm' ;;
         adopt:--from) options=microvm ;;
+        init:--guest) options='debian small' ;;
         *) options= ;;
     esac
     if [[ $options ]]; then
@@ -87,7 +88,8 @@ _microvm() {
             rollback) options='-R --restart' ;;
             apply) options='-n --dry-run --json' ;;
             create) options='-f --flake --runner --user --start' ;;
-            init) options='--kernel --memory --force -o --output' ;;
+            init) options='--guest --memory --kernel --suite --mirror --login --ssh-key --disk --fresh
+                --force -o --output' ;;
             list) options='--check --json' ;;
             pci) options='-a --all --json' ;;
             reconcile) options='--apply -y --yes --json' ;;

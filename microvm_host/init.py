@@ -126,19 +126,25 @@ def _debian(wish: Wish, host: HostPaths, say: Callable[[str], object]) -> templa
     )
     say("\n".join(by_password))
     has_vsock = os.path.exists(host.vhost_vsock) and origin.suite not in debian.WITHOUT_VSOCK_SSH
+    bridge = _bridge(host)
+    if bridge is None and not has_vsock:
+        say(
+            f"`microvm ssh {wish.name}` has no way into it: have a network first, by "
+            "`microvm network enable`"
+        )
     return template.Guest(
         name=wish.name,
         about=(
             f"Its guest is Debian {origin.suite} with cloud-init, of {origin.mirror}.",
-            f"By ssh one logs in as {who}"
-            + ("." if user == template.ROOT else ", who may do all by sudo."),
+            "By ssh one logs in as root"
+            + ("." if user == template.ROOT else f", or as {user}, who may do all by sudo."),
             *by_password,
         ),
         kernel=archive.kernel,
         initrd=archive.initrd,
         kernel_params=(f"root=LABEL={debian.LABEL}", "rw", "quiet"),
         mem=wish.mem or MEM_DEFAULT[DEBIAN],
-        bridge=_bridge(host),
+        bridge=bridge,
         disk=template.Disk("root.img", wish.disk or DISK_DEFAULT, debian.LABEL, archive.root),
         login=template.Login(user, lines),
         vsock=has_vsock,

@@ -32,7 +32,7 @@ _PATH = os.pathsep.join(PROGRAM_PLACES)
 # Words of apt's, and what they mostly mean.
 _HINTS = (
     (
-        ("does not have a Release file", "404", "No such file"),
+        ("does not have a Release file", " 404 "),
         "has the mirror such a suite? --suite and --mirror give others",
     ),
     (

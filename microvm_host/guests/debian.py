@@ -67,11 +67,15 @@ ln -s ../run/systemd/resolve/stub-resolv.conf "$1"/etc/resolv.conf
 chroot "$1" systemctl --quiet enable systemd-networkd.service systemd-resolved.service
 
 # Root has the keys of the declaration, as the other users have. RSA takes long, and nobody needs
-# it any more.
+# it any more. The console is for who logs in: cloud-init keeps what it has to say in its log.
 cat >"$1"/etc/cloud/cloud.cfg.d/90-microvm-host.cfg <<'END'
 datasource_list: [NoCloud, None]
 disable_root: false
 ssh_genkeytypes: [ed25519, ecdsa]
+ssh_quiet_keygen: true
+no_ssh_fingerprints: true
+ssh: {emit_keys_to_console: false}
+output: {all: ">>/var/log/cloud-init-output.log"}
 apt: {preserve_sources_list: true}
 END
 
@@ -253,22 +257,22 @@ def _make(recipe: Recipe, directory: str, host: HostPaths, say: Callable[[str], 
         )
     say(f"making a Debian root of {recipe.origin.suite} from {recipe.origin.mirror}: some minutes")
     temporary = f"{prefix}{os.getpid()}"
+    work, guest = f"{temporary}/work", f"{temporary}/guest"
     try:
-        os.mkdir(temporary)
-        # apt fetches as a user of its own, below it.
-        os.chmod(temporary, 0o755)
-        target = f"{temporary}/{ROOT}"
-        bootstrap.run(mmdebstrap_argv(recipe, target), temporary, recipe.origin, say)
-        _take_out(target, temporary)
-        os.chmod(target, 0o644)
-        os.rename(temporary, directory)
-    except BaseException as error:
+        for path in (temporary, work, guest):
+            os.mkdir(path)
+            # Whatever the umask: apt fetches as a user of its own, below it.
+            os.chmod(path, 0o755)
+        bootstrap.run(mmdebstrap_argv(recipe, f"{guest}/{ROOT}"), work, recipe.origin, say)
+        os.chmod(f"{guest}/{ROOT}", 0o644)
+        _take_out(f"{guest}/{ROOT}", guest)
+        os.rename(guest, directory)
+    except OSError as error:
+        raise MicrovmHostError(
+            f"the guest cannot be written: {error.strerror or error}", path=directory
+        ) from error
+    finally:
         bootstrap.discard(temporary)
-        if isinstance(error, OSError):
-            raise MicrovmHostError(
-                f"the guest cannot be written: {error.strerror or error}", path=directory
-            ) from error
-        raise
 
 
 def _take_out(archive: str, directory: str) -> None:
