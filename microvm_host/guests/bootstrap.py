@@ -32,7 +32,7 @@ _PATH = os.pathsep.join(PROGRAM_PLACES)
 # Words of apt's, and what they mostly mean.
 _HINTS = (
     (
-        ("does not have a Release file", " 404 "),
+        ("does not have a Release file", " 404 ", " 400 "),
         "has the mirror such a suite? --suite and --mirror give others",
     ),
     (
@@ -46,6 +46,8 @@ _HINTS = (
     (("No space left", "not enough free space"), "make room there"),
 )
 _LINES_KEPT = 15
+# What it does about itself.
+_DULL = ("I: main()", "I: removing tempdir", "I: finding correct signed-by")
 # How long it may take to clear up, in seconds, before it is killed.
 _ENDS_WITHIN = 20
 
@@ -131,7 +133,7 @@ def run(argv: list[str], directory: str, origin: Origin, say: Callable[[str], ob
 def failure(lines: list[str], origin: Origin) -> MicrovmHostError:
     """What the last lines of mmdebstrap's mean."""
     # Its own last one only says that something failed.
-    reasons = [line[2:].strip() for line in lines if line.startswith(("E: ", "Err:"))]
+    reasons = [line[3:] for line in lines if line.startswith("E: ")]
     reason = reasons[0] if reasons else "mmdebstrap failed"
     text = "\n".join(lines)
     hint = next((hint for words, hint in _HINTS if any(word in text for word in words)), "")
@@ -153,7 +155,7 @@ def _follow(
         line = line.strip()
         if line.startswith("I: "):
             # `I: downloading packages with apt...`, among what is about itself.
-            if line.endswith("..."):
+            if line.endswith("...") and not line.startswith(_DULL):
                 say(f"  {line[3:]}")
         elif line and line not in echoed:
             last.append(line)

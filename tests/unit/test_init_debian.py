@@ -238,7 +238,7 @@ def made(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     (root / "mmdebstrap").write_text(
         "#!/bin/sh\n"
         "echo 'I: downloading packages with apt...' >&2\n"
-        "echo 'I: chroot architecture amd64 is equal' >&2\n"
+        "echo 'I: chroot architecture amd64 is equal' >&2; echo 'I: removing tempdir x...' >&2\n"
         "echo 'W: dull' >&2\n"
         f"mkdir $TMPDIR/unpacked && cp {root}/done.tar $1\n"
     )
@@ -312,7 +312,7 @@ def test_a_newer_one_leaves_the_former_alone(
         ),
         (
             "Err:1 http://mirror/debian trixie InRelease\n  Could not resolve 'mirror'\nE: failed",
-            "is the mirror reachable from this host",
+            "debian: failed; is the mirror reachable from this host",
         ),
         ("E: NO_PUBKEY 0E98404D386FA1D9", "install debian-archive-keyring"),
         ("dpkg: error processing package", r"mmdebstrap failed; what it said stands above"),
