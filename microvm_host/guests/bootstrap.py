@@ -183,8 +183,8 @@ def _interrupted_by_signals() -> Iterator[None]:
     """Have a terminal that is closed, and a plain kill, end us as Ctrl-C does."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        del frame
-        raise SystemExit(128 + number)
+        del number, frame
+        raise KeyboardInterrupt
 
     former = {
         number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)
