@@ -26,10 +26,9 @@ GUESTS = (SMALL, DEBIAN)
 # In MB.
 MEM_DEFAULT = {SMALL: 256, DEBIAN: 1024}
 LOGIN_DEFAULT = "admin"
+DISK = "root.img"
 # In MiB; sparse.
 DISK_DEFAULT = 10240
-# The guest itself takes about one.
-DISK_LEAST = 2048
 
 
 @frozen
@@ -145,7 +144,7 @@ def _debian(wish: Wish, host: HostPaths, say: Callable[[str], object]) -> templa
         kernel_params=(f"root=LABEL={debian.LABEL}", "rw", "quiet"),
         mem=wish.mem or MEM_DEFAULT[DEBIAN],
         bridge=bridge,
-        disk=template.Disk("root.img", wish.disk or DISK_DEFAULT, debian.LABEL, archive.root),
+        disk=template.Disk(DISK, wish.disk or DISK_DEFAULT, debian.LABEL, archive.root),
         login=template.Login(user, lines),
         vsock=has_vsock,
     )
@@ -164,7 +163,7 @@ def declare(
         replaces: a declaration that is there is kept as NAME.toml.old, and makes way.
 
     Raises:
-        UsageError: there is such a VM.
+        UsageError: there is such a VM, or its disk.
         MicrovmHostError: it could not be made; no declaration was changed.
     """
     path = host.declaration(wish.name)
@@ -180,6 +179,13 @@ def declare(
             f"microVM {wish.name} exists already, and is not declared",
             path=host.vm(wish.name),
             hint=f"take another name, or delete it: microvm remove {wish.name}",
+        )
+    disk = f"{host.vm(wish.name)}/{DISK}"
+    if wish.guest == DEBIAN and os.path.lexists(disk):
+        raise UsageError(
+            f"microVM {wish.name} has a disk already, which goes with the kernel that it has",
+            path=disk,
+            hint="change its declaration by hand; or, to begin anew, stop it and delete the disk",
         )
     text = make(wish, host, say)
     former = f"{path}.old"

@@ -62,6 +62,7 @@ AFTER_PACKAGES = r"""
 set -eu
 rm -f "$1"/etc/hostname "$1"/etc/ssh/ssh_host_* "$1"/etc/resolv.conf
 : >"$1"/etc/machine-id
+printf 'LANG=C.UTF-8\n' >"$1"/etc/default/locale
 printf '127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n' >"$1"/etc/hosts
 ln -s ../run/systemd/resolve/stub-resolv.conf "$1"/etc/resolv.conf
 chroot "$1" systemctl --quiet enable systemd-networkd.service systemd-resolved.service
@@ -77,6 +78,7 @@ no_ssh_fingerprints: true
 ssh: {emit_keys_to_console: false}
 output: {all: ">>/var/log/cloud-init-output.log"}
 apt: {preserve_sources_list: true}
+locale: false
 END
 
 # Comes after cloud-init's own files, which name interfaces by the address that they had at the

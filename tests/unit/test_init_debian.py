@@ -18,7 +18,7 @@ import pytest
 from microvm_host import init, process
 from microvm_host.declaration import guest as guests
 from microvm_host.errors import MicrovmHostError, NameInvalid, UsageError
-from microvm_host.guests import archives, bootstrap, debian, keys, template
+from microvm_host.guests import archives, bootstrap, debian, keys
 from microvm_host.guests.archives import Origin
 from microvm_host.init import Wish
 from microvm_host.paths import HostPaths
@@ -467,7 +467,7 @@ def declared(text: str, root: Path, name: str) -> guests.Guest:
 # Names that are no host names, and one that only looks like an option.
 @pytest.mark.parametrize(
     ("name", "host_name"),
-    [("web", "web"), ("a:b_c.d", "a-b-c-d"), ("_", "guest"), ("web-", "web"), ("x" * 63, "x" * 63)],
+    [("web", "web"), ("a:b_c.d", "a-b-c-d"), ("_", "guest"), ("web-", "web"), ("a.b-c", "a.b-c")],
 )
 @pytest.mark.parametrize("bridge", [False, True])
 def test_the_declaration_is_right(
@@ -538,5 +538,12 @@ def test_what_is_wrong_is_told_before_anything_is_made(ready: HostPaths, made: l
     assert made == []
 
 
-def test_a_host_name_is_one(root: Path) -> None:
-    assert template.host_name("a.b-c") == "a.b-c"
+def test_a_disk_keeps_its_kernel(ready: HostPaths, made: list[str]) -> None:
+    path = Path(ready.declaration("web"))
+    path.parent.mkdir(parents=True)
+    path.write_text("# mine\n")
+    os.mkdir(ready.vm("web"))
+    Path(ready.vm("web"), "root.img").touch()
+    with pytest.raises(UsageError, match=r"root\.img: microVM web has a disk already.*delete"):
+        init.declare(Wish("web", "debian"), ready, nothing, replaces=True)
+    assert path.read_text() == "# mine\n" and made == []
