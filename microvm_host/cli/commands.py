@@ -293,7 +293,12 @@ def rollback(vm: str, to: str | None, restart: bool) -> None:
     multiple=True,
     help="debian: public keys that let them in; default: those in your ~/.ssh.",
 )
-@click.option("--disk", metavar="MB", type=click.IntRange(2048), help="debian: size of its disk.")
+@click.option(
+    "--disk",
+    metavar="MB",
+    type=click.IntRange(2048),
+    help="debian: size of its disk; default: 10240.",
+)
 @click.option("--fresh", is_flag=True, help="debian: make its root anew, of the newest packages.")
 @click.option("--force", is_flag=True, help="Replace a declaration, which is kept as .old.")
 @click.option("-o", "--output", metavar="FILE", help="Write the declaration there alone; - prints.")

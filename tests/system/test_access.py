@@ -84,8 +84,10 @@ def guest(toolkit: Toolkit) -> Iterator[str]:
 class Console:
     """A command that shows a console: what it has shown, and what is typed."""
 
-    def __init__(self, toolkit: Toolkit, *arguments: str, terminal: bool = False) -> None:
-        command = ["microvm", "console", *arguments, VM]
+    def __init__(
+        self, toolkit: Toolkit, *arguments: str, terminal: bool = False, vm: str = VM
+    ) -> None:
+        command = ["microvm", "console", *arguments, vm]
         if terminal:
             # A terminal, and how it is afterwards.
             line = f'stty -a; {" ".join(command)}; echo "code $?"; stty -a'

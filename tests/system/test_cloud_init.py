@@ -19,6 +19,7 @@ from tests.host.container import ContainerHost
 from tests.host.fixtures import require_container
 from tests.host.progress import step
 
+from .test_access import Console
 from .toolkit import Toolkit, eventually
 
 pytestmark = pytest.mark.container
@@ -135,6 +136,14 @@ def test_a_debian_takes_all_of_it_from_its_seed(networked: Toolkit) -> None:
         ["sh", "-c", f"{stranger} -o IdentitiesOnly=yes -i /root/stranger true"], check=False
     )
     assert refused.returncode == 255 and "Permission denied (publickey" in refused.stderr
+    # On the console one has a password, when root of the host gave one.
+    toolkit.host.run(["microvm", "exec", "-i", VM, "--", "chpasswd"], input="admin:given\n")
+    console = Console(toolkit, vm=VM)
+    for shown, typed in ((": connected", ""), (f"{VM} login: ", "admin"), ("Password: ", "given")):
+        console.await_text(shown)
+        console.type(f"{typed}\r")
+    console.await_text(f"admin@{VM}:~$")
     toolkit.systemctl("stop", f"microvm@{VM}", timeout=200)
+    assert console.ends() == 0
     assert toolkit.property(f"microvm@{VM}", "Result") == "success"
     toolkit.await_footprint(before)
