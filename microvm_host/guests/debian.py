@@ -47,13 +47,13 @@ _LINKS = ((KERNEL, "vmlinuz"), (INITRD, "initrd.img"))
 _NEEDS_SPACE = 2 << 30
 _STAMP = "%Y%m%dT%H%M%S"
 
-# Before the kernel package: an initrd of what the hypervisors have, instead of all that there is,
-# is a tenth in size, which each start unpacks.
+# Before the kernel package: an initrd of what its disk needs, instead of all that there is, is a
+# tenth in size, which each start unpacks, and loads nothing in vain.
 BEFORE_PACKAGES = r"""
 set -eu
 mkdir -p "$1"/etc/initramfs-tools/conf.d "$1"/usr/share/initramfs-tools/modules.d
 printf 'MODULES=list\n' >"$1"/etc/initramfs-tools/conf.d/microvm-host
-printf '%s\n' virtio_pci virtio_mmio virtio_blk virtio_scsi sd_mod ext4 btrfs xfs \
+printf '%s\n' virtio_pci virtio_mmio virtio_blk ext4 \
     >"$1"/usr/share/initramfs-tools/modules.d/microvm-host
 """
 # In the finished root. What makes a machine this one and no other is left to its first boot:
@@ -66,6 +66,8 @@ printf 'LANG=C.UTF-8\n' >"$1"/etc/default/locale
 printf '127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n' >"$1"/etc/hosts
 ln -s ../run/systemd/resolve/stub-resolv.conf "$1"/etc/resolv.conf
 chroot "$1" systemctl --quiet enable systemd-networkd.service systemd-resolved.service
+# Is about snapshots by LVM.
+chroot "$1" systemctl --quiet disable e2scrub_reap.service e2scrub_all.timer
 
 # Root has the keys of the declaration, as the other users have. RSA takes long, and nobody needs
 # it any more. The console is for who logs in: cloud-init keeps what it has to say in its log.
