@@ -69,6 +69,9 @@ chroot "$1" systemctl --quiet enable systemd-networkd.service systemd-resolved.s
 # Is about snapshots by LVM.
 chroot "$1" systemctl --quiet disable e2scrub_reap.service e2scrub_all.timer
 
+# What systemd makes anew where /usr is newer (caches of linker, journal, hardware) is done already.
+touch "$1"/etc/.updated "$1"/var/.updated
+
 # Root has the keys of the declaration, as the other users have. RSA takes long, and nobody needs
 # it any more. The console is for who logs in: cloud-init keeps what it has to say in its log.
 cat >"$1"/etc/cloud/cloud.cfg.d/90-microvm-host.cfg <<'END'
