@@ -86,6 +86,9 @@ apt: {preserve_sources_list: true}
 locale: false
 END
 
+# A password is for the console. sshd takes the first word that it finds: cloud-init's comes before.
+printf 'PasswordAuthentication no\n' >"$1"/etc/ssh/sshd_config.d/90-microvm-host.conf
+
 # Comes after cloud-init's own files, which name interfaces by the address that they had at the
 # first boot: another interface in the declaration has another one.
 cat >"$1"/etc/systemd/network/80-microvm-host.network <<'END'

@@ -114,6 +114,7 @@ def test_a_debian_takes_all_of_it_from_its_seed(networked: Toolkit) -> None:
     script = (
         "hostname; id -nG; sudo -n id -u; cat /var/lib/cloud/data/instance-id; echo; "
         "ip -4 -o address; systemctl is-system-running; "
+        "sudo sshd -T | grep ^passwordauthentication; "
         "sudo systemd-creds --system cat KEY; echo; "
         "ssh-keygen -lf .ssh/authorized_keys; df --output=size -m / | tail -n 1"
     )
@@ -123,7 +124,7 @@ def test_a_debian_takes_all_of_it_from_its_seed(networked: Toolkit) -> None:
     addresses = {line.split()[3] for line in lines if " inet " in line}
     lease = toolkit.sh(f"microvm -l | sed -n 's/^{VM}: .*, //p'").strip()
     assert {ADDRESS, f"{lease}/24"} <= addresses and lease.startswith("192.168.87."), said
-    assert {"running", "secret of the host"} <= {*lines}, said
+    assert {"running", "passwordauthentication no", "secret of the host"} <= {*lines}, said
     fingerprint = toolkit.sh("ssh-keygen -lf /root/.ssh/id_ed25519.pub").strip()
     assert fingerprint in lines, said
     # The disk is the guest's own, as large as was asked for.
