@@ -79,6 +79,7 @@ def declaration(guest: Guest) -> str:
         f"mem = {guest.mem}",
         "",
         *(_VSOCK if guest.vsock else []),
+        *([] if guest.login is None else _AGENT),
         *_network(guest),
         "",
         *([] if guest.disk is None else _root(guest, guest.disk)),
@@ -106,6 +107,12 @@ _VSOCK = (
     "# `microvm ssh` goes by this, and needs no network.",
     "vsock = {}",
     '# A start waits until the guest has booted: readiness = "guest"',
+    "",
+)
+
+_AGENT = (
+    "# `microvm exec` goes by this, and by qemu-guest-agent, which is installed in there.",
+    "qemu.guestAgent = true",
     "",
 )
 
