@@ -351,8 +351,10 @@ def test_hooks_that_it_writes_out_are_not_told(root: Path) -> None:
 
 
 INTERRUPTED = """\
-import os, sys
+import os, signal, sys
 sys.path.insert(0, os.environ["TOP"])
+# Tests that a shell runs in the background are born deaf to it (POSIX, 2.11 of the shell).
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from microvm_host.guests import bootstrap, debian
 from microvm_host.guests.archives import Origin
 from microvm_host.paths import HostPaths
@@ -392,9 +394,12 @@ def test_an_interrupt_ends_all_of_it(number: int, host: HostPaths, root: Path) -
         env=environment,
     ) as child:
         assert child.stdout is not None
-        assert any("working" in line for line in child.stdout)
-        child.send_signal(number)
-        assert child.wait(30) != 0
+        try:
+            assert any("working" in line for line in child.stdout)
+            child.send_signal(number)
+            assert child.wait(30) != 0
+        finally:
+            child.kill()
     assert mark.read_text() == "cleared\n"
     assert os.listdir(host.guests) == []
     assert has_ended(int(Path(f"{mark}.pid").read_text()))
