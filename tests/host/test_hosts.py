@@ -263,7 +263,7 @@ def test_a_host_of_a_killed_owner_is_cleared_away() -> None:
 
 
 @pytest.mark.virtual
-def test_what_only_a_machine_has(virtual_host: Callable[[], VirtualHost]) -> None:
+def test_what_only_a_virtual_host_has(virtual_host: Callable[[], VirtualHost]) -> None:
     host = virtual_host()
     host.run(
         ["modprobe", "-a", "kvm_amd", "vhost_net", "vhost_vsock", "macvtap", "vfio-pci", "tun"]
@@ -275,7 +275,9 @@ def test_what_only_a_machine_has(virtual_host: Callable[[], VirtualHost]) -> Non
 
 
 @pytest.mark.virtual
-def test_a_macvtap_stands_on_the_spare_card(virtual_host: Callable[[], VirtualHost]) -> None:
+def test_a_macvtap_stands_on_the_virtual_hosts_spare_card(
+    virtual_host: Callable[[], VirtualHost],
+) -> None:
     host = virtual_host()
     words = ["link", "spare0", "name", "mv0", "type", "macvtap", "mode", "bridge"]
     host.run(["ip", "link", "add", *words])

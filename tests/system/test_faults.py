@@ -10,8 +10,8 @@ Each test says so in its docstring; that nothing is left holds after all of them
     `current` replaced while running            test_command
     a tap deleted from outside                  test_start_stop
     the host powered off with its guests        test_ladder
-    helpers of PCI devices killed               test_passthrough
-    50 rounds with PCI devices                  test_passthrough
+    helpers of PCI devices killed               test_virtual_passthrough
+    50 rounds with PCI devices                  test_virtual_passthrough
     helpers of macvtaps killed                  test_virtual
     500 rounds                                  test_rounds
 """
