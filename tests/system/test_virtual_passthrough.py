@@ -378,11 +378,18 @@ while not (pid := helper()) and time.monotonic() < deadline:
     pass
 while time.monotonic() < deadline and os.path.exists(f"/proc/{pid}"):
     if all(driver(address) == name for address, name in devices.items()):
-        os.kill(pid, 9)
+        try:
+            os.kill(pid, 9)
+        except ProcessLookupError:
+            sys.exit("missed")
         break
 else:
     sys.exit("missed")
-while os.path.exists(f"/proc/{pid}") and open(f"/proc/{pid}/stat").read().split()[2] not in "ZX":
+try:
+    while open(f"/proc/{pid}/stat").read().split()[2] not in "ZX":
+        pass
+except (FileNotFoundError, ProcessLookupError):
+    # Somebody has noticed its end.
     pass
 print(*(driver(address) for address in devices), flush=True)
 """
@@ -402,7 +409,8 @@ def shoot(machine: Toolkit, verb: str, vm: str, action: list[str], **wanted: str
     assert sniper.stdout is not None
     assert sniper.stdout.readline() == "armed\n"
     machine.host.run(["systemctl", *action], check=False)
-    out, _ = sniper.communicate(timeout=60)
+    out, complaint = sniper.communicate(timeout=60)
+    assert sniper.returncode == 0 or "missed" in (complaint or ""), complaint
     return out.split()
 
 
