@@ -85,7 +85,7 @@ def test_nothing_is_left_to_be_filled_in(tree: Path) -> None:
     for path in files(tree):
         if not is_module(path):
             text = path.read_text()
-            assert not re.search(r"@(python|pkgdir|libexecdir|unitdir|statedir)@", text), path
+            assert not re.search(r"@(python|pkgdir|libexecdir|statedir)@", text), path
             assert str(tree) not in text, path
 
 
