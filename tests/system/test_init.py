@@ -53,6 +53,10 @@ def test_the_second_command_starts_a_guest(toolkit: Toolkit, vm: str) -> None:
     toolkit.systemctl("start", f"microvm@{vm}")
     toolkit.await_line(vm, "log in as root")
     toolkit.await_line(vm, f"{vm}: eth0 has 10.0.2.15")
+    # It has no agent, and no port for one.
+    done = toolkit.host.run(["microvm", "exec", vm, "true"], check=False)
+    assert done.returncode == 255 and "tells of no port of a guest agent" in done.stderr
+    assert "[qemu] guestAgent = true in its declaration makes one" in done.stderr
     toolkit.systemctl("stop", f"microvm@{vm}", timeout=120)
     journal = "\n".join(toolkit.journal(vm))
     assert "asked once, by its package's script" in journal, journal
