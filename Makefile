@@ -35,7 +35,7 @@ statedir = /var/lib/microvms
 
 INSTALL ?= install
 FILL = sed -e 's|@python@|$(PYTHON)|g' -e 's|@pkgdir@|$(pkgdir)|g' \
-	-e 's|@libexecdir@|$(pkgdir)|g' -e 's|@statedir@|$(statedir)|g'
+	-e 's|@libexecdir@|$(pkgdir)|g' -e 's|@unitdir@|$(unitdir)|g' -e 's|@statedir@|$(statedir)|g'
 
 UNITS = $(patsubst units/%.in,%,$(wildcard units/*.in))
 PLAIN_UNITS = $(notdir $(wildcard units/*.target))

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Makes the VMs declared under /etc/microvms start at boot (systemd.generator(7)).
 
-One drop-in by which microvms.target wants all of them that do not say `autostart = false`, one by
-which a VM wants install-microvm@, which brings a declared VM's package up to date first, and for
-each VM drop-ins with whom it runs as and what it says on starts and stops, if anything. A VM that
-says nothing costs a line, and no file: the generator runs before /var is mounted and delays boot.
-It reads /etc/microvms, writes these, and must neither import more than `declaration` needs nor talk
-to any process.
+For each declaration a link by which microvms.target wants the VM, unless it says
+`autostart = false`; for all of them one drop-in by which a VM wants install-microvm@, which brings
+a declared VM's package up to date first; and drop-ins with whom a VM runs as and what it says on
+starts and stops, if anything. Runs before /var is mounted and delays boot: it reads /etc/microvms,
+writes these, and must neither import more than `declaration` needs nor talk to any process.
 
 One broken declaration is logged and skipped; the others, and the boot, go on.
 """
@@ -36,11 +35,14 @@ _FETCHES = ["Wants=network-online.target", "After=network-online.target"]
 _RESTART = {"on-failure": "on-failure", "never": "no"}
 
 
-def generate(directory: str, host: HostPaths, complain: Callable[[DeclarationError], None]) -> None:
-    """Write the drop-ins for all declarations.
+def generate(
+    directory: str, units: str, host: HostPaths, complain: Callable[[DeclarationError], None]
+) -> None:
+    """Write the links and drop-ins for all declarations.
 
     Args:
         directory: the generator's output, the first one that systemd names.
+        units: where the unit files are installed.
         complain: takes the error of each declaration that is skipped.
     """
     found = []
@@ -54,8 +56,7 @@ def generate(directory: str, host: HostPaths, complain: Callable[[DeclarationErr
     # Of the template, since one for each would be two more files each. Where nothing is declared by
     # an instance's name, the condition of install-microvm@ skips it.
     _write(f"{directory}/microvm@.service.d", _ALL, {"Unit": ["Wants=install-microvm@%i.service"]})
-    if wanted := [f"Wants={names.unit(each.name)}" for each in found if each.autostart]:
-        _write(f"{directory}/microvms.target.d", _ALL, {"Unit": wanted})
+    _link(f"{directory}/microvms.target.wants", units, [each for each in found if each.autostart])
     earlier = _earlier(found)
     for declared in found:
         _write_user(directory, declared)
@@ -64,6 +65,14 @@ def generate(directory: str, host: HostPaths, complain: Callable[[DeclarationErr
         if declared.source.kind == "flake":
             install = f"{directory}/install-microvm@{declared.name}.service.d"
             _write(install, _ONE, {"Unit": _FETCHES})
+
+
+def _link(wants: str, units: str, wanted: list[Declaration]) -> None:
+    """Have VMs wanted. Not by a line of a drop-in each: `systemctl status` calls them disabled."""
+    if wanted:
+        _make_directory(wants)
+    for each in wanted:
+        os.symlink(f"{units}/microvm@.service", f"{wants}/{names.unit(each.name)}")
 
 
 def _write_user(directory: str, declared: Declaration) -> None:
@@ -121,11 +130,13 @@ def _make_directory(path: str) -> None:
         pass
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str], units: str) -> int:
     """Entry point: systemd names three output directories, of which we use the first."""
     if len(argv) not in (2, 4):
         sys.stderr.write("usage: microvm-generator DIRECTORY [EARLY-DIRECTORY LATE-DIRECTORY]\n")
         return 2
     host = HostPaths.from_environment()
-    generate(argv[1], host, lambda error: log.kernel(log.ERR, f"{error}; skipped", host.kmsg))
+    generate(
+        argv[1], units, host, lambda error: log.kernel(log.ERR, f"{error}; skipped", host.kmsg)
+    )
     return 0

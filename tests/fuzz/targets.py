@@ -114,7 +114,7 @@ def _declaration(root: str) -> None:
     os.mkdir(f"{root}/out")
     refused: list[DeclarationError] = []
     # As at boot, which must go on whatever is declared.
-    generator.generate(f"{root}/out", host, refused.append)
+    generator.generate(f"{root}/out", "/lib", host, refused.append)
     try:
         declared = declaration.load(host.declaration(VM))
     except DeclarationError as error:

@@ -390,11 +390,11 @@ def test_generator_imports_little(declares: str | None, tmp_path: Path) -> None:
         (tmp_path / "etc/microvms/web.toml").write_text(f"# A web server.\n{declares}")
     code = f"""{BASE}sys.path.insert(0, {str(REPOSITORY)!r})
 from microvm_host import generator
-if generator.main(["generator", {str(tmp_path / "output")!r}]): sys.exit(1)
+if generator.main(["generator", {str(tmp_path / "output")!r}], "/units"): sys.exit(1)
 loaded = list(sys.modules)
 {REPORT}"""
     found = loaded(code, tmp_path)
-    assert (declares is None) != (tmp_path / "output/microvms.target.d").exists()
+    assert (declares is None) != (tmp_path / "output/microvms.target.wants").exists()
     assert not found & COSTLY
     assert found <= GENERATOR | GROUND | MACHINERY
 

@@ -85,7 +85,7 @@ def test_nothing_is_left_to_be_filled_in(tree: Path) -> None:
     for path in files(tree):
         if not is_module(path):
             text = path.read_text()
-            assert not re.search(r"@(python|pkgdir|libexecdir|statedir)@", text), path
+            assert not re.search(r"@(python|pkgdir|libexecdir|unitdir|statedir)@", text), path
             assert str(tree) not in text, path
 
 
@@ -121,7 +121,7 @@ def test_settings_are_honoured(tmp_path: Path) -> None:
     assert "WorkingDirectory=/var/lib/microvms/%i" in unit
     assert '"/opt/x/libexec/mvh"' in (tmp_path / "opt/x/bin/microvm").read_text()
     generator = tmp_path / "opt/x/lib/systemd/system-generators/microvm-generator"
-    assert '"/opt/x/libexec/mvh"' in generator.read_text()
+    assert '"/lib/systemd/system"' in generator.read_text()
     assert (tmp_path / "opt/x/man/man8/microvm.8").is_file()
     assert not (tmp_path / "usr").exists()
 

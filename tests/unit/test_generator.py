@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The generator: a directory of declarations gives just the tree of drop-ins in tests/golden."""
+"""The generator: a directory of declarations gives just the links and drop-ins in tests/golden."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from . import golden
 
 REPOSITORY = Path(__file__).parents[2]
 GOLDEN = golden.DIRECTORY / "generator"
+UNITS = "/usr/lib/systemd/system"
 
 
 def tree(directory: Path) -> dict[str, str]:
@@ -43,7 +44,7 @@ def host(tmp_path: Path) -> HostPaths:
 def test_tree_is_the_golden_one(host: HostPaths, tmp_path: Path) -> None:
     complaints: list[MicrovmHostError] = []
     (tmp_path / "out").mkdir()
-    generator.generate(str(tmp_path / "out"), host, complaints.append)
+    generator.generate(str(tmp_path / "out"), UNITS, host, complaints.append)
     assert tree(tmp_path / "out") == tree(GOLDEN / "expected")
     said = "".join(f"{error}\n" for error in complaints).replace(host.declarations, "@DIR@")
     golden.compare("generator/complaints.txt", said)
@@ -56,7 +57,7 @@ def test_program_as_systemd_calls_it(host: HostPaths, tmp_path: Path) -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(REPOSITORY)!r})\n"
         "from microvm_host.generator import main\n"
-        "sys.exit(main(sys.argv))"
+        f"sys.exit(main(sys.argv, {UNITS!r}))"
     )
     done = subprocess.run(
         [sys.executable, "-B", "-I", "-S", "-c", code, *map(str, outputs)],
@@ -75,10 +76,10 @@ def test_program_as_systemd_calls_it(host: HostPaths, tmp_path: Path) -> None:
 def test_nothing_declared(tmp_path: Path) -> None:
     complaints: list[MicrovmHostError] = []
     (tmp_path / "out").mkdir()
-    generator.generate(str(tmp_path / "out"), HostPaths(str(tmp_path)), complaints.append)
+    generator.generate(str(tmp_path / "out"), UNITS, HostPaths(str(tmp_path)), complaints.append)
     assert (tree(tmp_path / "out"), complaints) == ({}, [])
 
 
 def test_wrong_call(capsys: pytest.CaptureFixture[str]) -> None:
-    assert generator.main(["microvm-generator"]) == 2
+    assert generator.main(["microvm-generator"], UNITS) == 2
     assert "usage: microvm-generator" in capsys.readouterr().err
