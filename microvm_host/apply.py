@@ -44,7 +44,7 @@ def apply(host: HostPaths, *, dry_run: bool = False) -> Iterator[Outcome]:
     """
     if not dry_run:
         # The generator runs anew: microvms.target wants what is declared now.
-        process.output(["systemctl", "daemon-reload"])
+        systemd.reload()
     active = systemd.states(names.unit("*"))
     # Read once for all, and only if one of them is built here.
     others: Claims | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-from . import declaration, install, names, network, process
+from . import declaration, install, names, network, systemd
 from .errors import MicrovmHostError, UsageError
 from .frozen import frozen
 from .guests import archives, bootstrap, debian, kernel, keys, small, template
@@ -194,7 +194,7 @@ def declare(
         _copy(path, former)
     try:
         write(path, text)
-        process.output(["systemctl", "daemon-reload"])
+        systemd.reload()
         return install.declared(declaration.load(path), host)
     except BaseException:
         if is_declared:

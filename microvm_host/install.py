@@ -15,10 +15,10 @@ import shutil
 import subprocess
 from contextlib import ExitStack
 
-from . import images, runner, service, state, store, users
+from . import declaration, images, runner, service, state, store, users
 from .errors import MicrovmHostError, UsageError
 from .frozen import frozen
-from .source import DECLARED, KINDS, Source
+from .source import DECLARED, KINDS, Source, remembered
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -93,17 +93,46 @@ def create(name: str, source: Source, host: HostPaths, user: str | None = None) 
         raise
 
 
-def declared(found: Declaration, host: HostPaths, others: Claims | None = None) -> Change:
+def declared(
+    found: Declaration,
+    host: HostPaths,
+    others: Claims | None = None,
+    *,
+    keeps_rollback: bool = True,
+) -> Change:
     """Bring a declared VM up to date, its user included; raises as from_source.
-
-    A VM that was rolled back stays so until its declaration, or what it is built with, changes.
 
     Args:
         others: what all declared VMs claim, if the caller knows already.
+        keeps_rollback: a VM that was rolled back stays so until its declaration, or what it is
+            built with, changes.
     """
     if found.user is not None:
         users.ensure(found.name, found.user, host)
-    return from_source(found.name, found.source, host, others, is_declared=True)
+    return from_source(
+        found.name, found.source, host, others, is_declared=True, keeps_rollback=keeps_rollback
+    )
+
+
+def update(name: str, host: HostPaths) -> Change:
+    """Bring a VM up to date from where its package comes from, as its declaration has it now.
+
+    A VM that was rolled back follows its declaration again.
+
+    Raises:
+        MicrovmHostError: nothing tells where its package comes from; else as from_source.
+    """
+    path = host.declaration(name)
+    if os.path.lexists(path):
+        return declared(declaration.load(path), host, keeps_rollback=False)
+    source = remembered(host.vm(name))
+    if source is None:
+        raise MicrovmHostError(
+            f"nothing tells where the package of {name} came from",
+            path=host.vm(name),
+            hint="somebody put it there by hand, who has to update it by hand as well",
+        )
+    return from_source(name, source.checked(), host)
 
 
 def from_source(
@@ -113,13 +142,14 @@ def from_source(
     others: Claims | None = None,
     *,
     is_declared: bool = False,
+    keeps_rollback: bool = False,
 ) -> Change:
     """Take the package from its source, check it, and make it `current`.
 
     Args:
         others: what all declared VMs claim, if the caller knows already.
-        is_declared: the source stands in a declaration, which is remembered; and a rollback is
-            heeded, which was somebody's wish, as is any other call.
+        is_declared: the source stands in a declaration, which is remembered.
+        keeps_rollback: a VM that was rolled back stays so, which was somebody's wish.
 
     Raises:
         MicrovmHostError: it cannot be had; `current` is as it was, and a VM that was not there
@@ -147,7 +177,7 @@ def from_source(
             is_flake = source.kind == "flake"
             package = _build(name, source.reference, host) if is_flake else source.reference
         after = runner.load(package).path
-        if is_built and is_declared and before and store.turned_away_from(name, host) == after:
+        if is_built and keeps_rollback and before and store.turned_away_from(name, host) == after:
             passed_over, after = after, before
         if sources and passed_over is None:
             images.make(name, after, sources, identity, host.vm(name))

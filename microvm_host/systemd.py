@@ -89,6 +89,11 @@ def stop(units: Sequence[str]) -> None:
             raise
 
 
+def reload() -> None:
+    """Have systemd read its units anew, and the generator run; raises MicrovmHostError."""
+    process.output(["systemctl", "daemon-reload"])
+
+
 def _running(units: Sequence[str]) -> list[str]:
     found = states(*units)
     # Only what was asked for: the next thing that happens to these is that they are stopped.

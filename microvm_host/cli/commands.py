@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .. import balloon as ballooning
     from .. import console as consoles
     from .. import init as initial
-    from .. import install, listing, pcilisting, reconcile, runner, service, state, users
+    from .. import install, listing, pcilisting, reconcile, runner, service, state, systemd, users
     from .. import network as networking
     from . import access, built, jobs, networks, table
     from . import fresh as fresh_guests
@@ -34,7 +34,7 @@ else:
     ballooning, consoles = Later("..balloon"), Later("..console")
     install, listing, pcilisting = Later("..install"), Later("..listing"), Later("..pcilisting")
     reconcile, runner, state = Later("..reconcile"), Later("..runner"), Later("..state")
-    service, users = Later("..service"), Later("..users")
+    service, systemd, users = Later("..service"), Later("..systemd"), Later("..users")
     access, built, fresh_guests = Later(".access"), Later(".built"), Later(".fresh")
     initial, jobs, networks = Later("..init"), Later(".jobs"), Later(".networks")
     networking = Later("..network")
@@ -329,10 +329,18 @@ def init(
 
 @microvm.command()
 @NAMES
-@click.option("-R", "--restart", is_flag=True, help="Restart those that run another version.")
+@click.option(
+    "-R",
+    "--restart",
+    is_flag=True,
+    help="Restart those that run another version, start those that are down.",
+)
 def update(vms: tuple[str, ...], restart: bool) -> None:
-    """Bring VMs up to date from where their packages came from."""
+    """Bring VMs up to date from where their packages come from."""
     _as_root()
+    if any(os.path.lexists(HOST.declaration(vm)) for vm in vms):
+        # What a declaration says of the unit holds from then on.
+        systemd.reload()
     failed: MicrovmHostError | None = None
     for vm in vms:
         try:
@@ -347,14 +355,7 @@ def update(vms: tuple[str, ...], restart: bool) -> None:
 
 def _update(vm: str, *, restart: bool) -> None:
     _existing(vm)
-    source = remembered(HOST.vm(vm))
-    if source is None:
-        raise MicrovmHostError(
-            f"nothing tells where the package of {vm} came from",
-            path=HOST.vm(vm),
-            hint="somebody put it there by hand, who has to update it by hand as well",
-        )
-    change = install.from_source(vm, source.checked(), HOST)
+    change = install.update(vm, HOST)
     click.echo(change.describe())
     runs = listing.rows(HOST, (vm,))[0].runs
     if restart and (change.wants_restart or not runs):

@@ -144,6 +144,10 @@ def test_history_and_rollback(toolkit: Toolkit, vm: str) -> None:
     assert [entry["package"] for entry in entries] == [first, second, first, second]
     assert [entry["rolled_back_from"] for entry in entries] == [None, None, second, None]
     assert [entry["current"] for entry in entries] == [False, True, False, True]
+    # What it says of the unit holds with an update, too.
+    toolkit.host.write(f"/etc/microvms/{vm}.toml.d/30-times.toml", "shutdown_timeout = 77\n")
+    assert f"{vm}: up to date" in toolkit.sh(f"microvm update {vm}")
+    assert "MICROVM_SHUTDOWN_SECONDS=77" in toolkit.property(f"microvm@{vm}", "Environment")
     # A wrong one is told with its place, and leaves everything as it is.
     toolkit.host.write(f"/etc/microvms/{vm}.toml.d/20-wrong.toml", '\nmem = "1G"\n')
     done = toolkit.host.run(["microvm", "update", vm], check=False)
