@@ -31,14 +31,13 @@ if TYPE_CHECKING:
     from .attach import Running
     from .paths import HostPaths
 
-ESCAPE = "^]"
 # Of what the guest says and this terminal does not take. Beyond that the oldest is forgotten: a
 # reader who stands still must not hold up the guest, whose console waits for the slowest.
 SCREEN_MAX = 1 << 20
 _KEYS_MAX = 64 << 10
 # At once to the terminal: what poll(2) promises that a pipe takes.
 _PIECE = 4096
-_LAST_WORDS = 0.5  # seconds that the journal may take for what an ended VM said
+_LAST_WORDS = 2.0  # seconds that the journal may take for what an ended VM said
 
 DETACHED, ENDED = "detached", "ended"
 

@@ -280,12 +280,7 @@ class Listener:
                 return READY
             if complain_at is not None and now >= complain_at:
                 complain_at = None
-                reason = (
-                    f"the guest did not become ready within {self._timeout:.0f} s "
-                    f"(TimeoutStartSec=): {word.describe()}"
-                )
-                log.error(reason)
-                log.status(reason)
+                self._complain()
             elif word.describe() != shown and now >= show_at:
                 if shown or word.status:
                     log.status(f"Waiting for the guest to be ready; {word.describe()}")
@@ -303,9 +298,12 @@ class Listener:
             if hypervisor in readable:
                 log.notice("the hypervisor ended before the guest was ready")
                 return ENDED
-            if asked in readable:
-                return ASKED
             now = time.monotonic()
+            if asked in readable:
+                if complain_at is not None and now >= complain_at:
+                    # Both at once, on a busy machine: it is for this that systemd asks.
+                    self._complain()
+                return ASKED
             for fd, connection in list(connections.items()):
                 more = connection.read(now) if fd in readable else now < connection.deadline
                 if not more:
@@ -315,6 +313,14 @@ class Listener:
                 self._accept(connections, now)
             if self._address.path:
                 self._look_after_socket()
+
+    def _complain(self) -> None:
+        reason = (
+            f"the guest did not become ready within {self._timeout:.0f} s "
+            f"(TimeoutStartSec=): {self._word.describe()}"
+        )
+        log.error(reason)
+        log.status(reason)
 
     def _wait(self, fds: Sequence[int], *, accept: bool, until: float | None) -> set[int]:
         poll = select.poll()

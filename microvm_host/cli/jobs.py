@@ -76,7 +76,9 @@ def run(verb: str, vms: Sequence[str]) -> None:
     if job.returncode or (verb == "stop" and "failed" in systemd.states(*running).values()):
         sys.stderr.write(_reasons(vms, since) or complaint)
         kind = PackageError if _is_wrong_package(vms) else MicrovmHostError
-        raise kind(f"could not {verb} {', '.join(vms)}", hint=f"microvm status {vms[0]}")
+        raise kind(
+            f"could not {verb} {', '.join(vms)}", hint=f"`microvm status {vms[0]}` shows more"
+        )
 
 
 def _units(verb: str, vms: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -114,6 +116,8 @@ def _wait_until_undone(vms: Sequence[str], progress: _Progress, began: float) ->
 
 def _reasons(vms: Sequence[str], since: str) -> str:
     """The errors that the journal has of VMs, each once."""
+    # What was said a moment ago may not be written yet.
+    subprocess.run(["journalctl", "--sync"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     argv = ["journalctl", "--no-pager", "--quiet", "--output=cat", "--priority=3"]
     argv += [f"--since={since}"]
     for vm in vms:
