@@ -3,9 +3,10 @@
 # make demo-shell  the same, leaving you at a shell of that host
 # make test        all tests, in throw-away hosts; installs what they need
 # make test-faults those tests that break things on purpose, with all their rounds: an hour
-# make fuzz        a million broken inputs for whatever root reads: ten minutes, no root needed
+# make fuzz        a million broken inputs for whatever root reads: ten minutes, as make check
 # make bench       measures the toolkit beside shell scripts and supervisord: ten minutes
-# make check       format, types, unit, golden and static tests: no root, under a minute
+# make check       format, types, unit, golden and static tests: a minute, and no root once
+#                  what it needs is installed
 # make install     into this machine (DESTDIR, PREFIX and the directories below are honoured)
 # make uninstall   takes that back; VMs, their state and their declarations stay
 # make clean       what tests and demo keep for the next time: roots of hosts, the Python tools
@@ -99,7 +100,8 @@ endif
 # VMs, their state and their declarations stay, and so does the user who owns files of theirs.
 uninstall:
 ifeq ($(DESTDIR),)
-	@if [ -d /run/systemd/system ] && systemctl -q is-active 'microvm@*.service'; then \
+	@if [ -d /run/systemd/system ] && \
+		systemctl -q is-active 'microvm@*.service' 'microvm-foreground-*.service'; then \
 		echo "microVMs are running: stop them first, with systemctl stop 'microvm@*'" >&2; \
 		exit 1; fi
 	if [ -d /run/systemd/system ]; then systemctl disable microvms.target; fi
@@ -115,15 +117,17 @@ endif
 ifeq ($(DESTDIR),)
 	for file in $(notdir $(wildcard data/network/*)); do \
 		if [ -h /etc/systemd/network/$$file ]; then rm -f /etc/systemd/network/$$file; fi; done
-	rm -f /run/microvm-host.lock
-	rmdir --ignore-fail-on-non-empty /run/microvm-host 2>/dev/null || true
+	rm -f /run/microvm-host.lock /run/microvm-host-pci.lock /run/microvm-host-packages.lock
+	for directory in /run/microvm-host /run/microvm-host-private; do \
+		rmdir --ignore-fail-on-non-empty $$directory 2>/dev/null || true; done
 	if [ -d /run/systemd/system ]; then systemctl daemon-reload; fi
 	if [ -d /run/systemd/system ] && systemctl -q is-active systemd-udevd.service; then \
 		udevadm control --reload; fi
 endif
 
 # Test hosts need root; `sudo` keeps the environment's few settings that matter.
-AS_ROOT = $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=CI,MICROVM_HOST_TEST_CACHE,MICROVM_HOST_TEST_ROUNDS)
+SETTINGS = CI $(addprefix MICROVM_HOST_TEST_,CACHE MIRROR ROUNDS SUITES)
+AS_ROOT = $(if $(filter 0,$(shell id -u)),,sudo $(addprefix --preserve-env=,$(SETTINGS)))
 TEST_PYTHON ?= python3
 export TEST_PYTHON
 

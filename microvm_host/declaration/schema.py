@@ -205,7 +205,7 @@ _NIC = Table(
                     "vhost": Key(
                         Truth(),
                         None,
-                        "Whether the host's kernel carries the packages (vhost-net); by default, "
+                        "Whether the host's kernel carries the packets (vhost-net); by default, "
                         "where QEMU runs by KVM and the VM's user may open /dev/vhost-net.",
                     )
                 }
@@ -357,7 +357,9 @@ GUEST = Table(
             Truth(), True, "Whether a guest that runs out of memory is given back what was taken."
         ),
         "initialBalloonMem": Key(
-            Number(0, _MEMORY_MAX), 0, "Memory in MB that is taken at the start; not with QEMU."
+            Number(0, _MEMORY_MAX),
+            0,
+            "Memory in MB that is taken at the start, with cloud-hypervisor and firecracker.",
         ),
         "hotplugMem": Key(
             Number(0, _MEMORY_MAX),
@@ -403,7 +405,7 @@ GUEST = Table(
             Text(_socket, may_be_empty=True),
             None,
             "Control socket of the hypervisor, below the state directory; by default NAME.sock. "
-            "Empty for none, and no microvm-shutdown and microvm-balloon then.",
+            "Empty for none; there is no microvm-shutdown and no microvm-balloon then.",
         ),
         "machineId": Key(
             Text(names.machine_uuid),

@@ -34,7 +34,7 @@ def main() -> int:
     )
     parser.add_argument("--suite", default="trixie", help="of the host (default: %(default)s)")
     parser.add_argument(
-        "--keep", action="store_true", help="write docs/benchmarks.*; takes all parts, half an hour"
+        "--keep", action="store_true", help="write docs/benchmarks.*; takes all parts, 20 minutes"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     options = parser.parse_args()
