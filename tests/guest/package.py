@@ -767,9 +767,10 @@ class Stub(Package):
         """``microvm-run`` and ``microvm-shutdown``."""
         scripts = super().scripts(prefix)
         name = shlex.quote(self.name)
-        run = BASH + f'echo STUB {name}: started as "$(id -un):$(id -gn)" in "$PWD"\n'
+        # Before it says that it has started: who has read that may rely on it.
+        run = BASH + ("trap '' TERM\n" if self.deaf else "")
+        run += f'echo STUB {name}: started as "$(id -un):$(id -gn)" in "$PWD"\n'
         run += f"{self.prepare}\n" if self.prepare else ""
-        run += "trap '' TERM\n" if self.deaf else ""
         if self.run is not None:
             run += f"{self.run}\n"
         elif self.seconds is None:

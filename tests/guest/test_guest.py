@@ -202,7 +202,7 @@ def test_power_button_stops_the_guest_in_order(image: Image, tmp_path: Path, mac
         result = console.shutdown()
         assert result.returncode == 0, result.stderr
         # This kind of script waits until QEMU no longer listens.
-        assert console.ends(patience=5) == 0
+        assert console.ends(patience=30) == 0
         said = [line.partition("GUEST web: ")[2] for line in console.lines if "GUEST" in line]
         assert said[-2:] == ["shutting down (power-button)", "powering off"]
 
@@ -234,7 +234,7 @@ def test_ctrl_alt_del_without_a_keyboard_is_refused(image: Image, tmp_path: Path
 
 
 def test_early_script_is_back_before_a_slow_guest_has_stopped(image: Image, tmp_path: Path) -> None:
-    guest = Guest(name="web", image=image, shutdown="power-button-early", slow_stop=4)
+    guest = Guest(name="web", image=image, shutdown="power-button-early", slow_stop=10)
     with start(guest, tmp_path) as console:
         console.expect("GUEST web: ready")
         assert console.shutdown().returncode == 0

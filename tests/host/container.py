@@ -180,7 +180,7 @@ class ContainerHost(CommandHost):
         if state not in ("running", "degraded"):
             raise HostError(f"{self.name} came up as {state!r}\n{self.diagnosis()}")
 
-    def _await_ready(self, notify: socket.socket, timeout: float = 60) -> int:
+    def _await_ready(self, notify: socket.socket, timeout: float = 240) -> int:
         assert self._nspawn is not None
         leader = 0
         notify.settimeout(0.2)

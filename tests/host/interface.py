@@ -76,7 +76,7 @@ class Host(Protocol):
         check: bool = True,
         user: str | None = None,
         input: str | None = None,
-        timeout: float = 60,
+        timeout: float = 180,
         env: Mapping[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
         """Run a command inside, with a clean environment and `/` as working directory.
@@ -291,7 +291,7 @@ class CommandHost(ABC):
         check: bool = True,
         user: str | None = None,
         input: str | None = None,
-        timeout: float = 60,
+        timeout: float = 180,
         env: Mapping[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
         inner = inner_argv(argv, user=user, env=env)

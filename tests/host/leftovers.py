@@ -90,7 +90,7 @@ def remove_cgroups(cgroups: Sequence[Path]) -> None:
 
 def discard(work: Path, cgroups: Sequence[Path], network: str) -> None:
     """Take down what is left of a host, and raise if anything of it is still there."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while left := {pid for cgroup in cgroups for pid in _members(cgroup)}:
         for pid in left:
             with contextlib.suppress(ProcessLookupError):

@@ -136,8 +136,8 @@ def test_uninstalling_leaves_vms_alone_and_removes_all_else(fresh: Toolkit) -> N
     host.run(["microvm", "stop", "kept"])
     host.run(["make", "-C", "/usr/src/microvm-host", "uninstall"])
     left = fresh.sh(
-        "find / -xdev -name '*microvm*' -not -path '/proc/*' -not -path '/usr/src/*' "
-        "-not -path '/opt/*' -not -path '/var/log/*' -not -path '/sys/*' "
+        "find / -xdev -ignore_readdir_race -name '*microvm*' -not -path '/proc/*' "
+        "-not -path '/usr/src/*' -not -path '/opt/*' -not -path '/var/log/*' -not -path '/sys/*' "
         # QEMU has a machine of that name.
         "-not -name 'bios-microvm.bin' -not -name 'qemu-system-*'"
     ).splitlines()

@@ -47,7 +47,7 @@ ethernets:
 # A host's key is not known the first time; options may come after the name.
 SSH = "microvm ssh {} -o StrictHostKeyChecking=accept-new -o BatchMode=yes "
 # Emulated, that is.
-BOOTS_WITHIN = 400
+BOOTS_WITHIN = 1200
 
 
 def archive() -> Path:
@@ -113,12 +113,13 @@ def test_a_debian_takes_all_of_it_from_its_seed(networked: Toolkit) -> None:
     # By its sshd, with the key of this host's root.
     script = (
         "hostname; id -nG; sudo -n id -u; cat /var/lib/cloud/data/instance-id; echo; "
-        "ip -4 -o address; systemctl is-system-running; "
+        "ip -4 -o address; systemctl is-system-running --wait; "
         "sudo sshd -T | grep ^passwordauthentication; "
         "sudo systemd-creds --system cat KEY; echo; "
         "ssh-keygen -lf .ssh/authorized_keys; df --output=size -m / | tail -n 1"
     )
-    said = toolkit.host.run(["sh", "-c", f'{SSH.format(f"admin@{VM}")} "$0"', script]).stdout
+    argv = ["sh", "-c", f'{SSH.format(f"admin@{VM}")} "$0"', script]
+    said = toolkit.host.run(argv, timeout=BOOTS_WITHIN).stdout
     lines = [line.strip() for line in said.splitlines()]
     assert lines[:4] == [VM, "admin adm sudo", "0", f"iid-{VM}"], said
     addresses = {line.split()[3] for line in lines if " inet " in line}
@@ -130,9 +131,10 @@ def test_a_debian_takes_all_of_it_from_its_seed(networked: Toolkit) -> None:
     # The disk is the guest's own, as large as was asked for.
     assert int(lines[-1]) > 9000, said
     # `microvm ssh NAME` is root's.
-    assert toolkit.sh(f"{SSH.format(VM)} id -u") == "0\n"
+    assert toolkit.sh(f"{SSH.format(VM)} id -u", timeout=BOOTS_WITHIN) == "0\n"
     # On the console one has a password, when root of the host gave one.
-    toolkit.host.run(["microvm", "exec", "-i", VM, "--", "chpasswd"], input="admin:given\n")
+    chpasswd = ["microvm", "exec", "-i", "-t", "60", VM, "--", "chpasswd"]
+    toolkit.host.run(chpasswd, input="admin:given\n")
     console = Console(toolkit, vm=VM)
     for shown, typed in ((": connected", ""), (f"{VM} login: ", "admin"), ("Password: ", "given")):
         console.await_text(shown)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from .toolkit import IMAGE, Toolkit
+from .toolkit import IMAGE, Toolkit, eventually
 
 pytestmark = pytest.mark.container
 
@@ -203,7 +203,12 @@ def test_a_device_that_is_closed_to_the_vm(toolkit: Toolkit, vm: str) -> None:
         toolkit.systemctl("start", f"microvm@{vm}", check=False)
         lines = toolkit.await_line(vm, f"{node}: this VM may not open it")
         assert any(f"DeviceAllow={node} rw" in line for line in lines)
-        assert toolkit.property(f"microvm@{vm}", "ExecMainStatus") == "78"
+        eventually(
+            lambda: toolkit.property(f"microvm@{vm}", "ExecMainStatus"),
+            lambda status: status == "78",
+            60,
+            "it is no wrong package",
+        )
     finally:
         toolkit.sh(f"rm {node}")
     toolkit.systemctl("reset-failed", f"microvm*{vm}*", check=False)

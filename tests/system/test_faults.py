@@ -73,7 +73,7 @@ def left(toolkit: Toolkit, before: set[str]) -> set[str]:
 def leaves_nothing(toolkit: Toolkit, before: set[str], what: str) -> None:
     """Wait until nothing is left but failed units, and forget these."""
     eventually(
-        lambda: sorted(left(toolkit, before)), lambda lines: not lines, 15, f"left by {what}"
+        lambda: sorted(left(toolkit, before)), lambda lines: not lines, 60, f"left by {what}"
     )
     toolkit.systemctl("reset-failed")
     toolkit.await_footprint(before)
@@ -130,7 +130,7 @@ def test_a_helper_that_undoes_is_killed(toolkit: Toolkit, vm: str, verb: str) ->
                 shots.arm(at)
                 toolkit.host.run(["microvm", "stop", vm], check=False)
                 eventually(
-                    lambda: toolkit.host.exists("/opt/shooting/shot"), bool, 10, "it was not shot"
+                    lambda: toolkit.host.exists("/opt/shooting/shot"), bool, 60, "it was not shot"
                 )
                 (shot,) = shots.seen()
                 what = f"{verb} that was killed before {at}, {shot}"
@@ -153,11 +153,19 @@ def test_the_helper_that_becomes_the_hypervisor_is_killed(toolkit: Toolkit, vm: 
     with shooting(toolkit, "start") as shots:
         for at in points(toolkit, shots, vm, 4):
             shots.arm(at)
+            so_far = len(toolkit.journal(vm))
             toolkit.systemctl("start", f"microvm@{vm}", check=False)
+            # It may count as started before it is shot.
+            eventually(
+                lambda so_far=so_far: toolkit.journal(vm)[so_far:],  # type: ignore[misc]
+                lambda lines: any("it is started again" in line for line in lines),
+                60,
+                f"a shot at {at} was not noted",
+            )
             eventually(
                 lambda: toolkit.property(f"microvm@{vm}", "ActiveState"),
                 lambda state: state == "active",
-                10,
+                60,
                 f"it does not come up after a shot at {at}",
             )
             assert shots.seen()
@@ -174,16 +182,16 @@ def test_a_helper_of_the_stop_is_killed(toolkit: Toolkit, vm: str, verb: str) ->
     before = toolkit.footprint()
     with shooting(toolkit, verb) as shots:
         hits = 0
-        for at in points(toolkit, shots, vm, 4):
+        # How often it looks is a matter of time, but for the first looks.
+        for at in sorted({1, 2, *points(toolkit, shots, vm, 4)}):
             toolkit.systemctl("start", f"microvm@{vm}")
             is_whole(toolkit, vm)
             main = toolkit.property(f"microvm@{vm}", "MainPID")
             shots.arm(at)
             began = time.monotonic()
             toolkit.host.run(["microvm", "stop", vm], check=False)
-            assert time.monotonic() - began < 10
+            assert time.monotonic() - began < 28
             seen = shots.seen()
-            # How often it looks again is a matter of time.
             hits += bool(seen)
             what = f"{verb} that was killed before {at}, {seen}"
             assert not toolkit.host.exists(f"/proc/{main}"), what
@@ -262,7 +270,7 @@ def start_and_register(toolkit: Toolkit, vm: str) -> None:
             and toolkit.property(unit, "ActiveState")
         ),
         lambda state: state in ("inactive", "failed"),
-        10,
+        60,
         "it does not register",
     )
 
@@ -416,14 +424,15 @@ def settle(toolkit: Toolkit, vm: str) -> None:
         quiet = 0 if busy else quiet + 1
         return quiet
 
-    eventually(look, lambda found: found >= 3, 30, "it does not settle")
+    eventually(look, lambda found: found >= 3, 90, "it does not settle")
 
 
 # ---- shares under load
 
 _LOAD = (
-    "cd /mnt/data; (while :; do dd if=/dev/zero of=w bs=64k count=64 2>/dev/null; echo x >>log; "
-    "done) & (while :; do cat big >/dev/null; ls -l >/dev/null; done) & echo loaded"
+    "cd /mnt/data; (while :; do dd if=/dev/zero of=w bs=64k count=64; echo x >>log; "
+    "done) >/dev/null 2>&1 </dev/null & "
+    "(while :; do cat big; ls -l; done) >/dev/null 2>&1 </dev/null & echo loaded"
 )
 
 
@@ -454,14 +463,14 @@ def test_virtiofsd_is_killed_under_load(toolkit: Toolkit, vm: str) -> None:
         assert f"GUEST {vm}: share data write: ok" in toolkit.journal(vm)[lines:]
         toolkit.sh(
             f"ip address add 10.78.2.1/24 dev {vm}a; rm -f /srv/load/log; "
-            f"echo '{_LOAD}' | socat -t2 - TCP:10.78.2.2:2323 | grep loaded"
+            f"echo '{_LOAD}' | socat -t60 - TCP:10.78.2.2:2323 | grep loaded"
         )
-        eventually(lambda: toolkit.host.exists("/srv/load/log"), bool, 20, "there is no load")
+        eventually(lambda: toolkit.host.exists("/srv/load/log"), bool, 60, "there is no load")
         toolkit.systemctl("kill", "-s", "KILL", f"microvm-virtiofsd-{vm}-data.service")
         eventually(
             lambda: toolkit.sh(f"microvm list {vm}"),
             lambda text: "lost share data" in text,
-            10,
+            60,
             "it is not told of",
         )
         assert toolkit.property(f"microvm@{vm}", "ActiveState") == "active"

@@ -111,10 +111,12 @@ def test_secrets_of_files(toolkit: Toolkit, vm: str) -> None:
         # Its VM makes it after systemd has called it started.
         lambda: toolkit.sh(f"sha256sum {image}", check=False),
         lambda found: found == digest,
-        20,
+        60,
         "the seed is another one",
     )
     toolkit.sh(f"systemctl kill -s KILL microvm@{vm}; systemctl stop microvm@{vm}")
+    toolkit.systemctl("reset-failed", f"microvm*{vm}*", check=False)
+    toolkit.await_footprint(before)
     # Gone with the VM.
     toolkit.sh(f"rm /etc/microvms/{vm}.toml; microvm remove -y {vm}")
     assert places_of(toolkit, SECRET) == ["/etc/secrets/key", "/etc/secrets/user-data"]

@@ -32,11 +32,11 @@ class Terminal:
     def screen(self) -> str:
         return self._toolkit.sh(f"cat {self._state}/terminal.log", check=False).replace("\r", "")
 
-    def expect(self, text: str, timeout: float = 60) -> str:
+    def expect(self, text: str, timeout: float = 180) -> str:
         return eventually(self.screen, lambda seen: text in seen, timeout, f"no {text!r}")
 
     def type(self, line: str) -> None:
-        self._toolkit.sh(f"echo '{line}' | socat -t1 - UNIX-CONNECT:{self._state}/terminal.sock")
+        self._toolkit.sh(f"echo '{line}' | socat -t3 - UNIX-CONNECT:{self._state}/terminal.sock")
 
 
 def with_terminal(toolkit: Toolkit, vm: str) -> Terminal:
@@ -90,7 +90,7 @@ def test_its_prompt_lets_root_in(toolkit: Toolkit, vm: str) -> None:
     eventually(
         lambda: toolkit.property(f"microvm@{vm}", "ActiveState"),
         lambda state: state == "inactive",
-        15,
+        60,
         "it is up again",
     )
 

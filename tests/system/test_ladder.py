@@ -27,7 +27,8 @@ pytestmark = pytest.mark.container
 
 @pytest.mark.core
 def test_without_a_script_the_button_is_pressed_at_once(toolkit: Toolkit, vm: str) -> None:
-    toolkit.create(guest(vm, shutdown="none", **control(vm)))
+    # Asked once, however long it takes.
+    declare(toolkit, guest(vm, shutdown="none", **control(vm)), ask_again_after=60)
     start(toolkit, vm)
     lines, result, seconds = stop(toolkit, vm)
     assert f"GUEST {vm}: shutting down (power-button)" in lines
@@ -36,12 +37,12 @@ def test_without_a_script_the_button_is_pressed_at_once(toolkit: Toolkit, vm: st
     assert first == "asked the guest to shut down by the power button (qmp)"
     assert last.startswith("the guest powered off in ")
     assert last.endswith(" s, asked once, by the power button (qmp)")
-    assert (result, seconds < 5) == ("success", True), seconds
+    assert (result, seconds < 40) == ("success", True), seconds
 
 
 def test_the_button_follows_a_script_that_is_not_heard(toolkit: Toolkit, vm: str) -> None:
     """Ctrl-Alt-Del, on a machine without a keyboard: QEMU refuses it, the script waits on."""
-    declare(toolkit, guest(vm, shutdown="ctrl-alt-del", **control(vm)), ask_again_after=1)
+    declare(toolkit, guest(vm, shutdown="ctrl-alt-del", **control(vm)), ask_again_after=6)
     start(toolkit, vm)
     lines, result, seconds = stop(toolkit, vm)
     first, second, last = ours(lines)
@@ -49,7 +50,7 @@ def test_the_button_follows_a_script_that_is_not_heard(toolkit: Toolkit, vm: str
     assert second == "asked the guest to shut down by the power button (qmp)"
     assert last.endswith(" s, asked 2 times, at last by the power button (qmp)")
     assert f"GUEST {vm}: shutting down (power-button)" in lines
-    assert (result, seconds < 6) == ("success", True), seconds
+    assert (result, 6 <= seconds < 40) == ("success", True), seconds
 
 
 @pytest.mark.fault
@@ -66,7 +67,7 @@ def test_a_deaf_guest_is_ended_by_sigterm_and_that_is_a_failure(toolkit: Toolkit
     assert said[-1].startswith("the hypervisor ended by SIGTERM after ")
     assert lines.count(f"GUEST {vm}: ignoring power-button") >= 2
     assert f"GUEST {vm}: powering off" not in lines
-    assert (result, 4 <= seconds < 10) == ("exit-code", True), seconds
+    assert (result, 4 <= seconds < 30) == ("exit-code", True), seconds
     assert toolkit.property(f"microvm@{vm}", "ActiveState") == "failed"
     assert f"{vm}: current({vm}), failed" in toolkit.sh(f"microvm list {vm}")
 
@@ -74,10 +75,19 @@ def test_a_deaf_guest_is_ended_by_sigterm_and_that_is_a_failure(toolkit: Toolkit
 def test_a_guest_that_is_stopped_is_said_to_be(toolkit: Toolkit, vm: str) -> None:
     """As by a full disk: QEMU runs, and no button is heard."""
     package = guest(vm, shutdown="none", qemu_args=("-S",), **control(vm))
-    declare(toolkit, package, shutdown_timeout=1)
+    declare(toolkit, package, shutdown_timeout=3)
     start(toolkit, vm, ready=False)
-    socket = f"/var/lib/microvms/{vm}/{vm}.sock"
-    eventually(lambda: toolkit.host.exists(socket), bool, 20, "QEMU does not listen")
+    # Its socket is there some time before it answers.
+    ask = (
+        'echo \'{"execute": "qmp_capabilities"}\' | '
+        f"socat -t2 - UNIX-CONNECT:/var/lib/microvms/{vm}/{vm}.sock"
+    )
+    eventually(
+        lambda: toolkit.sh(ask, check=False),
+        lambda said: '"return"' in said,
+        60,
+        "QEMU does not answer",
+    )
     lines, result, _ = stop(toolkit, vm)
     assert "the guest is stopped (prelaunch) and cannot react" in lines
     assert result == "exit-code"
@@ -99,13 +109,13 @@ def test_a_deaf_hypervisor_is_killed_and_the_result_says_so(toolkit: Toolkit, vm
     ]
     assert ours(lines)[-1].startswith("the hypervisor was killed after ")
     # Not what a hypervisor that ended by SIGTERM has, nor a guest that shut down.
-    assert (result, 2 <= seconds < 6) == ("signal", True), seconds
+    assert (result, 2 <= seconds < 11) == ("signal", True), seconds
 
 
 @pytest.mark.core
 def test_a_helper_that_waits_outlives_the_units_own_timeout(toolkit: Toolkit, vm: str) -> None:
     """A guest that takes longer than TimeoutStopSec= is not killed for it."""
-    declare(toolkit, Stub(name=vm, shutdown_delay=5), shutdown_timeout="1min")
+    declare(toolkit, Stub(name=vm, shutdown_delay=5), shutdown_timeout="1min", ask_again_after=60)
     toolkit.host.write(
         f"/etc/systemd/system/microvm@{vm}.service.d/quick.conf", "[Service]\nTimeoutStopSec=2\n"
     )
@@ -113,7 +123,7 @@ def test_a_helper_that_waits_outlives_the_units_own_timeout(toolkit: Toolkit, vm
     start(toolkit, vm, ready=False)
     lines, result, seconds = stop(toolkit, vm)
     assert any("asked once, by its package's script" in line for line in lines)
-    assert (result, 5 <= seconds < 9) == ("success", True), seconds
+    assert (result, 5 <= seconds < 40) == ("success", True), seconds
 
 
 def test_the_declarations_times_hold_in_the_foreground_too(toolkit: Toolkit, vm: str) -> None:
@@ -124,13 +134,13 @@ def test_the_declarations_times_hold_in_the_foreground_too(toolkit: Toolkit, vm:
         eventually(
             lambda: toolkit.property(unit, "ActiveState"),
             lambda state: state == "active",
-            20,
+            60,
             "does not run",
         )
         began = time.monotonic()
-        toolkit.host.run(["microvm", "stop", vm], check=False)
-        assert time.monotonic() - began < 10
-        shown = "".join(running.communicate(timeout=20))
+        toolkit.host.run(["microvm", "stop", vm], check=False, timeout=120)
+        assert time.monotonic() - began < 40
+        shown = "".join(running.communicate(timeout=60))
     finally:
         running.kill()
     assert "the guest did not shut down within 1 s: sending SIGTERM" in shown + toolkit.sh(
@@ -160,18 +170,22 @@ def test_what_became_of_the_guest_and_what_follows(toolkit: Toolkit, vm: str) ->
     try:
         for name, (fields, restart, _, _) in vms.items():
             package = guest(name, event_log="events.json", **fields)
-            declare(toolkit, package, restart=restart, restart_delay="60s")
-        toolkit.systemctl("start", *(f"microvm@{name}" for name in vms))
+            declare(toolkit, package, restart=restart, restart_delay="600s")
+        toolkit.systemctl("start", *(f"microvm@{name}" for name in vms), timeout=300)
         for name, (_, _, said, state) in vms.items():
-            toolkit.await_line(name, said, timeout=90)
+            toolkit.await_line(name, said, timeout=300)
 
-            def state_of(name: str = name) -> str:
-                return toolkit.property(f"microvm@{name}", "ActiveState")
+            def shown_of(name: str = name) -> list[str]:
+                return toolkit.sh(
+                    f"systemctl show -P ActiveState -P StatusText microvm@{name}"
+                ).splitlines()
 
-            def settled(found: str, state: str = state) -> bool:
-                return found == state
+            def settled(found: list[str], state: str = state) -> bool:
+                waits = any(line.startswith("Starts again in ") for line in found)
+                return found[:1] == [state] and waits == (state == "activating")
 
-            eventually(state_of, settled, 10, f"{name} does not become {state}")
+            # One that is started again is also "activating" before its wait, and down in between.
+            eventually(shown_of, settled, 60, f"{name} does not become {state}")
         # And stays there.
         for name, (_, _, _, state) in vms.items():
             unit = f"microvm@{name}"
@@ -195,16 +209,16 @@ def test_one_that_keeps_dying_is_given_up_and_an_administrator_never_waits(
     )
     before = toolkit.footprint()
     declare(toolkit, stub, restart_limit=2, restart_delay=2)
-    toolkit.systemctl("start", f"microvm@{vm}")
     began = time.monotonic()
+    toolkit.systemctl("start", f"microvm@{vm}")
     eventually(
         lambda: toolkit.property(f"microvm@{vm}", "ActiveState"),
         lambda state: state == "failed",
-        30,
+        120,
         "it is not given up",
     )
     # Before the first start anew it waits 2 s, before the second 4.
-    assert time.monotonic() - began > 5
+    assert time.monotonic() - began > 6
     lines = toolkit.journal(vm)
     assert lines.count(f"STUB {vm}: started as microvm:microvm in /var/lib/microvms/{vm}") == 3
     assert any("started again 2 times in a row, it is given up" in line for line in lines)
@@ -214,18 +228,22 @@ def test_one_that_keeps_dying_is_given_up_and_an_administrator_never_waits(
     assert toolkit.property(f"microvm@{vm}", "ActiveState") == "failed"
 
     # Counting begins anew, and a stop and a restart in the waiting end it at once.
+    toolkit.host.write(
+        f"/etc/microvms/{vm}.toml",
+        f'runner = "/opt/packages/{vm}"\nautostart = false\nrestart_delay = 120\n',
+    )
+    toolkit.systemctl("daemon-reload")
     toolkit.systemctl("start", f"microvm@{vm}")
     for verb, state in (("restart", "active"), ("stop", "inactive")):
         eventually(
             lambda: toolkit.property(f"microvm@{vm}", "StatusText"),
-            # When it has just begun to wait, so that what comes next finds it waiting.
-            lambda text: text.startswith("Starts again in 2 s"),
-            10,
+            lambda text: text.startswith("Starts again in "),
+            60,
             "it does not wait for its start",
         )
         began = time.monotonic()
         toolkit.systemctl(verb, f"microvm@{vm}")
-        assert time.monotonic() - began < 1.9, verb
+        assert time.monotonic() - began < 50, verb
         if state == "inactive":
             assert toolkit.property(f"microvm@{vm}", "ActiveState") == state
     toolkit.await_footprint(before)
@@ -319,7 +337,7 @@ def test_guests_shut_down_with_their_host(fresh: Toolkit) -> None:
             volumes=(Volume(image="disk.img", size_mb=1),),
             taps=(Tap(name=f"{name}0", mac=f"02:00:00:00:00:{number:02x}"),),
             shares=(Share(tag="data", source="/srv/data", mount="/mnt/data"),),
-            slow_stop=3 if name == "one" else 0,
+            slow_stop=8 if name == "one" else 0,
             **control(name),
         )
         fresh.create(package)
@@ -338,7 +356,7 @@ def test_guests_shut_down_with_their_host(fresh: Toolkit) -> None:
     began = time.monotonic()
     fresh.host.poweroff()
     # They go at once, but share processors that they emulate.
-    assert time.monotonic() - began < 30 + 5 * len(names)
+    assert time.monotonic() - began < 60 + 5 * len(names)
     fresh.host.start()
     for name in names:
         assert mark(fresh, name) == f"GUEST {name}: shut down"

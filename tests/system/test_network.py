@@ -64,7 +64,7 @@ def test_a_vm_gets_an_address_and_a_way_out(networked: Toolkit) -> None:
     # Once more changes nothing.
     assert toolkit.sh("microvm network enable") == "mvbr0 is up with 192.168.87.1/24\n"
     # What waits for the network, as a start of a declared VM does, is not kept.
-    toolkit.systemctl("start", "network-online.target", timeout=20)
+    toolkit.systemctl("start", "network-online.target", timeout=90)
     toolkit.sh(ADD_OUTER)
     toolkit.sh("microvm init web")
     terminal = with_terminal(toolkit, "web")
@@ -88,7 +88,8 @@ def test_a_vm_gets_an_address_and_a_way_out(networked: Toolkit) -> None:
     # It stays while somebody is on it.
     done = toolkit.host.run(["microvm", "network", "disable"], check=False)
     assert done.returncode == 1 and "vm-web is on mvbr0" in done.stderr
-    toolkit.systemctl("stop", "microvm@web", timeout=120)
+    # Until its tap is gone as well.
+    toolkit.host.run(["microvm", "stop", "web"], timeout=180)
     assert toolkit.sh("microvm -l").startswith(f"web: current({label}), not booted")
     said = toolkit.sh("microvm network disable")
     assert "deleted mvbr0" in said
@@ -115,10 +116,10 @@ def test_a_vm_that_starts_at_boot_waits_for_the_bridge(networked: Toolkit) -> No
     eventually(
         lambda: toolkit.sh("microvm -l"),
         lambda text: ", 192.168.87." in text,
-        60,
+        240,
         "it has no address",
     )
-    toolkit.systemctl("stop", "microvm@web", timeout=120)
+    toolkit.host.run(["microvm", "stop", "web"], timeout=180)
 
 
 @on("trixie")

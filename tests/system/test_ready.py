@@ -95,7 +95,7 @@ def test_started_when_the_guest_says_so(toolkit: Toolkit, vm: str) -> None:
     assert "   readiness: guest, which is ready" in status
     # Nothing of ours has stayed.
     eventually(
-        lambda: toolkit.sh("pgrep -x helper", check=False), lambda found: not found, 5, "it stayed"
+        lambda: toolkit.sh("pgrep -x helper", check=False), lambda found: not found, 30, "it stayed"
     )
     assert not toolkit.host.exists(f"/var/lib/microvms/{vm}/notify.vsock_8888")
     assert any("the guest is ready after" in line for line in toolkit.journal(vm))
@@ -124,7 +124,7 @@ def test_a_guest_that_is_never_ready_fails_the_start(
     before = toolkit.footprint()
     began = time.monotonic()
     started = toolkit.host.run(["microvm", "start", vm], check=False)
-    assert 3 < time.monotonic() - began < 20
+    assert 3 < time.monotonic() - began < 60
     assert started.returncode == 1
     told = f"the guest did not become ready within 4 s (TimeoutStartSec=): {reason}"
     assert told in started.stderr
@@ -147,7 +147,7 @@ def test_a_hypervisor_that_ends_while_its_guest_is_waited_for(toolkit: Toolkit, 
     before = toolkit.footprint()
     began = time.monotonic()
     assert toolkit.host.run(["systemctl", "start", f"microvm@{vm}"], check=False).returncode
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 28
     assert toolkit.property(f"microvm@{vm}", "Result") == "exit-code"
     toolkit.systemctl("reset-failed", f"microvm@{vm}")
     toolkit.await_footprint(before)
@@ -165,7 +165,8 @@ def test_stopped_while_the_guest_is_waited_for(toolkit: Toolkit, vm: str) -> Non
     )
     toolkit.create(stub)
     toolkit.host.write(
-        f"/etc/systemd/system/microvm@{vm}.service.d/quick.conf", "[Service]\nTimeoutStopSec=2\n"
+        f"/etc/systemd/system/microvm@{vm}.service.d/quick.conf",
+        "[Service]\nTimeoutStopSec=2\nEnvironment=MICROVM_ASK_AGAIN_SECONDS=60\n",
     )
     toolkit.systemctl("daemon-reload")
     before = toolkit.footprint()
@@ -174,7 +175,7 @@ def test_stopped_while_the_guest_is_waited_for(toolkit: Toolkit, vm: str) -> Non
     toolkit.await_line(vm, f"STUB {vm}: started")
     began = time.monotonic()
     toolkit.systemctl("stop", f"microvm@{vm}")
-    assert 4 <= time.monotonic() - began < 9
+    assert 4 <= time.monotonic() - began < 40
     lines = toolkit.journal(vm)
     assert any("asked once, by its package's script" in line for line in lines)
     assert any(line.startswith(f"STUB {vm}: shutdown script, main process ") for line in lines)
@@ -241,11 +242,11 @@ def test_no_ready_is_lost(toolkit: Toolkit, vm: str) -> None:
                     run=f"{saying('READY=1')}\nexec sleep infinity",
                 )
             )
-            limit(toolkit, name, 20)
+            limit(toolkit, name, 90)
         units = " ".join(f"microvm@{name}" for name in names)
         toolkit.sh(
             f"for i in $(seq {STARTS // AT_ONCE}); do systemctl restart {units} || exit 1; done",
-            timeout=300,
+            timeout=1500,
         )
         for name in names:
             assert toolkit.property(f"microvm@{name}", "ActiveState") == "active"

@@ -74,7 +74,8 @@ def test_what_killed_helpers_left(toolkit: Toolkit, vm: str) -> None:
     code, found = reconcile(toolkit, vm, "--apply")
     assert {each["state"] for each in found} == {"undone"}, found
     assert code == 0
-    assert toolkit.footprint() == before
+    # What holds starts back meanwhile ends a moment later.
+    toolkit.await_footprint(before)
     assert reconcile(toolkit, vm) == (0, [])
     # The VM is none the worse for it.
     toolkit.host.run(["microvm", "start", vm])
@@ -91,7 +92,7 @@ def test_a_directory_that_was_deleted(toolkit: Toolkit, vm: str) -> None:
     )
     code, found = reconcile(toolkit, vm, "--apply")
     assert (code, {each["state"] for each in found}) == (0, {"undone"}), found
-    assert toolkit.footprint() == before
+    toolkit.await_footprint(before)
     assert toolkit.sh("ls /nix/var/nix/gcroots/microvm") == ""
 
 
@@ -121,7 +122,7 @@ def test_units_of_nobody(toolkit: Toolkit, vm: str) -> None:
     }
     assert (code, {each["state"] for each in found}) == (0, {"undone"}), found
     mine = f"unit microvm-virtiofsd-{vm}-mine.service active"
-    assert toolkit.footprint() == before | {mine}
+    toolkit.await_footprint(before | {mine})
     assert not toolkit.host.exists(f"/run/{vm}.sock")
     toolkit.sh(
         f"systemctl stop microvm-virtiofsd-{vm}-mine; "
@@ -160,7 +161,7 @@ def test_nothing_of_a_vm_that_runs(toolkit: Toolkit, vm: str) -> None:
     before = eventually(
         toolkit.footprint,
         lambda found: "process sleep infinity " in found,
-        10,
+        60,
         "it does not run",
     )
     assert reconcile(toolkit, vm, "--apply", "--yes") == (0, [])
@@ -177,13 +178,13 @@ def test_starts_are_held_back_while_it_undoes(toolkit: Toolkit, vm: str) -> None
     )
     running = toolkit.host.spawn(["microvm", "reconcile", "--apply"])
     try:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while toolkit.property(slow, "ActiveState") != "deactivating":
             assert time.monotonic() < deadline, "nothing is undone"
         toolkit.host.run(["microvm", "start", vm])
         # It came up after the slow one had gone, and has all that it needs.
         assert toolkit.property(slow, "ActiveState") == "inactive"
-        assert running.wait(timeout=10) == 0
+        assert running.wait(timeout=60) == 0
     finally:
         running.kill()
     assert toolkit.host.exists(f"/sys/class/net/{vm}a")
@@ -215,13 +216,15 @@ def test_beside_starts_and_stops(toolkit: Toolkit, vm: str) -> None:
 
 def test_one_at_a_time(toolkit: Toolkit, vm: str) -> None:
     toolkit.sh(f"mkdir -p /var/lib/microvms/{vm}; ln -s /gone /var/lib/microvms/{vm}/booted")
-    holder = toolkit.host.spawn(["flock", "/run/microvm-host.lock", "sleep", "3"])
+    hold = ["flock", "/run/microvm-host.lock", "sh", "-c", "echo held; read enough"]
+    holder = toolkit.host.spawn(hold)
     try:
-        time.sleep(0.5)
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
         refused = toolkit.host.run(["microvm", "reconcile", "--apply"], check=False)
         assert refused.returncode == 1
         assert "another `microvm reconcile` is at work" in refused.stderr
-        assert holder.wait(timeout=10) == 0
+        holder.communicate("\n", timeout=60)
+        assert holder.returncode == 0
     finally:
         holder.kill()
     assert reconcile(toolkit, vm, "--apply")[0] == 0

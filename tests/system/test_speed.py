@@ -32,8 +32,11 @@ def test_a_start_with_a_share_is_many_times_as_fast_as_with_supervisord(
     toolkit.link(vm, package)
     plain.install(toolkit.host)
     toolkit.sh(f"mkdir -p {plain.STATE}/{vm} && ln -s {package} {plain.STATE}/{vm}/current")
-    fast, slow = [], []
-    for _ in range(ROUNDS):
+    fast: list[float] = []
+    slow: list[float] = []
+    # On an idle machine it is more than twenty. Others at work slow down just us, since supervisord
+    # sleeps most of its time: then it takes more rounds until one is undisturbed.
+    while len(fast) < ROUNDS or (len(fast) < 5 * ROUNDS and min(slow) / min(fast) < 10):
         fast.append(milliseconds(toolkit, f"microvm@{vm}"))
         # No process of ours: all that runs is the hypervisor.
         no_helper_stays(toolkit)
@@ -49,6 +52,4 @@ def test_a_start_with_a_share_is_many_times_as_fast_as_with_supervisord(
         f"{statistics.median(slow):.0f} ms ({min(slow):.0f}): {medians:.1f} times as fast "
         f"({best:.1f})"
     )
-    # On an idle machine it is more than twenty. Others at work slow down just us, since supervisord
-    # sleeps most of its time.
     assert best >= 10, (fast, slow)

@@ -9,7 +9,7 @@ import pytest
 
 from tests.guest.package import Share, Stub, Tap
 
-from .toolkit import Toolkit
+from .toolkit import Toolkit, eventually
 from .vms import guest, no_helper_stays
 
 pytestmark = pytest.mark.container
@@ -58,7 +58,7 @@ def test_a_real_guest_sees_its_taps_and_shares(toolkit: Toolkit, vm: str) -> Non
     no_helper_stays(toolkit)
     began = time.monotonic()
     toolkit.systemctl("stop", f"microvm@{vm}")
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 40
     assert f"GUEST {vm}: powering off" in toolkit.journal(vm)
     assert toolkit.property(f"microvm@{vm}", "Result") == "success"
     toolkit.await_footprint(before)
@@ -71,7 +71,13 @@ def test_status_tells_the_story(toolkit: Toolkit, vm: str) -> None:
     assert f'Status: "Running qemu from {path}"' in toolkit.status(vm)
     assert toolkit.property(f"microvm-tap-interfaces@{vm}", "StatusText") == f"up: {vm}a"
     main = toolkit.property(f"microvm@{vm}", "MainPID")
-    assert toolkit.host.read(f"/proc/{main}/comm") == "sleep\n"
+    # The package's script has something to say before it becomes that.
+    eventually(
+        lambda: toolkit.host.read(f"/proc/{main}/comm"),
+        lambda name: name == "sleep\n",
+        60,
+        "it is something else",
+    )
     # What the process has in the end depends on the hard limits of the machine below.
     assert toolkit.property(f"microvm@{vm}", "LimitMEMLOCK") == "infinity"
     assert toolkit.property(f"microvm@{vm}", "LimitNOFILE") == "1048576"
@@ -97,7 +103,7 @@ def test_restarted_twenty_times_as_fast_as_it_goes(toolkit: Toolkit, vm: str) ->
         # Each of them whole, whatever of the stop before it was taken back.
         f"test -S /var/lib/microvms/{vm}/{vm}-virtiofs-data.sock || exit 3; "
         f"test -e /sys/class/net/{vm}a || exit 4; done",
-        timeout=120,
+        timeout=600,
     )
     assert toolkit.property(f"microvm@{vm}", "ActiveState") == "active"
     assert toolkit.host.exists(f"/sys/class/net/{vm}a")
@@ -339,7 +345,7 @@ def test_a_hypervisor_that_dies_is_up_again_with_all_that_it_needs(
     first = toolkit.property(f"microvm@{vm}", "MainPID")
     toolkit.sh(f"kill -9 {first}")
     toolkit.sh(
-        f"for i in $(seq 100); do sleep 0.1; p=$(systemctl show -P MainPID microvm@{vm}); "
+        f"for i in $(seq 600); do sleep 0.1; p=$(systemctl show -P MainPID microvm@{vm}); "
         f"[ $p != {first} ] && [ $p != 0 ] && systemctl -q is-active microvm@{vm} && exit 0; "
         "done; exit 1"
     )
@@ -356,8 +362,8 @@ def test_stop_never_returns_before_the_hypervisor_has_ended(
         Stub(
             name=vm,
             shutdown=shutdown,  # type: ignore[arg-type]
-            # Ends by itself 3 s after its start, which is after any of these scripts.
-            run="exec sleep 3" if shutdown != "none" else "exec sleep infinity",
+            # Ends by itself 8 s after its start, which is after any of these scripts.
+            run="exec sleep 8" if shutdown != "none" else "exec sleep infinity",
         )
     )
     toolkit.systemctl("start", f"microvm@{vm}")
@@ -394,7 +400,7 @@ def test_a_guest_asked_while_it_boots_is_asked_again(toolkit: Toolkit, vm: str) 
     toolkit.systemctl("start", f"microvm@{vm}")
     began = time.monotonic()
     toolkit.systemctl("stop", f"microvm@{vm}")
-    assert time.monotonic() - began < 40
+    assert time.monotonic() - began < 90
     text = "\n".join(toolkit.journal(vm))
     assert f"GUEST {vm}: powering off" in text
     assert toolkit.property(f"microvm@{vm}", "Result") == "success"

@@ -9,7 +9,7 @@ import pytest
 
 from tests.guest.package import Share, Stub, Tap
 
-from .toolkit import Toolkit
+from .toolkit import Toolkit, eventually
 
 pytestmark = [pytest.mark.container, pytest.mark.core]
 
@@ -44,10 +44,16 @@ def test_two_vms_with_users_of_their_own(toolkit: Toolkit, vm: str, other: str) 
         main = toolkit.property(f"microvm@{name}", "MainPID")
         users[name] = toolkit.sh(f"stat -c %U /proc/{main}").strip()
         assert toolkit.sh(f"id -Gn {users[name]}").split() == [users[name], "kvm"]
-        assert f"started as {users[name]}:{users[name]} in " in "\n".join(toolkit.journal(name))
+        toolkit.await_line(name, f"started as {users[name]}:{users[name]} in ")
         state = f"/var/lib/microvms/{name}"
         assert toolkit.sh(f"stat -c '%U:%G %a' {state}").strip() == f"root:{users[name]} 1771"
         for file in ("disk.img", "data.sock"):
+            eventually(
+                lambda path=f"{state}/{file}": toolkit.host.exists(path),  # type: ignore[misc]
+                bool,
+                60,
+                f"there is no {file}",
+            )
             shown = toolkit.sh(f"stat -c '%U:%G %a' {state}/{file}").strip()
             assert shown == f"{users[name]}:{users[name]} 600", file
         assert users[name] in toolkit.sh(f"ip -d link show {package(name).taps[0].name}")

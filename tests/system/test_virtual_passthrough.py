@@ -58,7 +58,8 @@ for link in /sys/class/net/*; do
     read -r flags <$link/flags
     [ -e $link/device ] && echo "interface ${link##*/} up $((flags & 1))"
 done
-find /dev/vfio -mindepth 1 -printf 'node %p %u:%g %m\n'
+# A node may go between being found and looked at, which find takes for a failure.
+find /dev/vfio -mindepth 1 -printf 'node %p %u:%g %m\n' || true
 """
 
 
@@ -79,7 +80,7 @@ def state(machine: Toolkit, *, bindings: bool = False) -> set[str]:
     return lines
 
 
-def await_state(machine: Toolkit, expected: set[str], timeout: float = 30) -> None:
+def await_state(machine: Toolkit, expected: set[str], timeout: float = 120) -> None:
     """Wait until the devices are as expected; what is not is shown.
 
     Units that give devices back run on when `systemctl stop` of the VM has returned.
@@ -288,7 +289,7 @@ def test_a_real_guest_uses_its_devices(machine: Toolkit, vm: str) -> None:
         if line.startswith("Max locked memory")
     ]
     assert limit == "unlimited" or int(limit) > int(locked) * 1024
-    opened = machine.sh(f"readlink /proc/{main}/fd/*").splitlines()
+    opened = machine.sh(f"readlink /proc/{main}/fd/*", check=False).splitlines()
     nodes = {node(machine, address) for address in devices}
     assert len(nodes) == 4
     assert nodes <= set(opened)
@@ -328,7 +329,7 @@ def test_a_hypervisor_that_was_killed(machine: Toolkit, vm: str, seconds: int) -
         eventually(
             lambda: [line for line in machine.journal(vm) if f"HOLDS {devices[1]}" in line],
             lambda lines: len(lines) == 2,
-            60,
+            180,
             "the hypervisor is not up again",
         )
         assert main_process(machine, vm) not in ("0", main)
@@ -421,7 +422,7 @@ def test_a_helper_that_was_killed_while_taking(machine: Toolkit, vm: str, second
     devices = (SPARE_E1000E, SPARE_NET)
     machine.create(holder(vm, *devices))
     before = state(machine)
-    for _ in range(10):
+    for _ in range(40):
         hit = shoot(
             machine,
             "pci-devices-up",
@@ -445,7 +446,7 @@ def test_a_helper_that_was_killed_while_giving_back(machine: Toolkit, vm: str) -
     devices = (SPARE_E1000E, SPARE_NET)
     machine.create(holder(vm, *devices))
     before = state(machine)
-    for _ in range(10):
+    for _ in range(40):
         start_and_hold(machine, vm, *devices)
         # Given back in reverse.
         hit = shoot(
@@ -495,7 +496,7 @@ def opened():
     return count
 
 def until(look, wanted, what):
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while True:
         try:
             seen = look()
@@ -594,8 +595,11 @@ REFUSALS = (
         "virtual-functions",
         (SPARE_NVME,),
         (SPARE_NVME, "virtual function"),
+        # Whose driver would come to it a moment later.
+        f"echo 0 >/sys/bus/pci/devices/{SPARE_NVME}/sriov_drivers_autoprobe; "
         f"echo 1 >/sys/bus/pci/devices/{SPARE_NVME}/sriov_numvfs",
-        f"echo 0 >/sys/bus/pci/devices/{SPARE_NVME}/sriov_numvfs",
+        f"echo 0 >/sys/bus/pci/devices/{SPARE_NVME}/sriov_numvfs; "
+        f"echo 1 >/sys/bus/pci/devices/{SPARE_NVME}/sriov_drivers_autoprobe",
     ),
     Refusal(
         # No PCI driver of Debian's is built without it: what is not seen is not there.

@@ -47,7 +47,7 @@ class Toolkit:
         self.host.copy(
             PROJECT, SOURCES, exclude=(".git", ".venv", ".mypy_cache", "__pycache__", ".hypothesis")
         )
-        self.host.run(["make", "-C", SOURCES, "install"], timeout=120)
+        self.host.run(["make", "-C", SOURCES, "install"], timeout=600)
 
     def build_image(self) -> None:
         """Make the real guest from the host's own kernel and busybox."""
@@ -56,7 +56,7 @@ class Toolkit:
     def python(self, *arguments: str) -> str:
         """Run the project's own Python tools in there."""
         argv = ["env", "-C", SOURCES, "PYTHONDONTWRITEBYTECODE=1", "python3", *arguments]
-        return self.host.run(argv, timeout=120).stdout
+        return self.host.run(argv, timeout=600).stdout
 
     def put(self, package: Package, path: str | None = None) -> str:
         """Write a package and copy it to the host; gives where it is there."""
@@ -80,29 +80,36 @@ class Toolkit:
             f"/var/lib/microvms/{name}/current"
         )
 
-    def systemctl(self, *arguments: str, check: bool = True, timeout: float = 60) -> str:
+    def systemctl(self, *arguments: str, check: bool = True, timeout: float = 180) -> str:
         return self.host.run(["systemctl", *arguments], check=check, timeout=timeout).stdout
 
-    def sh(self, line: str, *, check: bool = True, timeout: float = 60) -> str:
+    def sh(self, line: str, *, check: bool = True, timeout: float = 180) -> str:
         """Run a line of shell; gives its standard output."""
         return self.host.run(["sh", "-c", line], check=check, timeout=timeout).stdout
 
     def status(self, name: str) -> str:
+        self.host.run(["journalctl", "--sync"])
         return self.systemctl("status", "--no-pager", "--lines=50", f"microvm@{name}", check=False)
 
     def property(self, unit: str, name: str) -> str:
         return self.systemctl("show", f"--property={name}", "--value", unit).strip()
 
-    def journal(self, name: str) -> list[str]:
-        """What the journal shows for a VM's unit, the guest's console included."""
+    def journal(self, name: str, *, sync: bool = True) -> list[str]:
+        """What the journal shows for a VM's unit, the guest's console included.
+
+        Args:
+            sync: with all that was said until now.
+        """
+        if sync:
+            self.host.run(["journalctl", "--sync"])
         return self.host.run(
             ["journalctl", "--no-pager", "--output=cat", f"--unit=microvm@{name}"]
         ).stdout.splitlines()
 
-    def await_line(self, name: str, text: str, timeout: float = 60) -> list[str]:
+    def await_line(self, name: str, text: str, timeout: float = 120) -> list[str]:
         """Wait until a line of the VM's journal has a text; gives all lines so far."""
         return eventually(
-            lambda: self.journal(name),
+            lambda: self.journal(name, sync=False),
             lambda lines: any(text in line for line in lines),
             timeout,
             f"no line of {name} has {text!r}",
@@ -112,7 +119,7 @@ class Toolkit:
         """All that VMs have set up on the host now, a line each."""
         return set(self.sh(_FOOTPRINT).splitlines())
 
-    def await_footprint(self, expected: set[str], timeout: float = 15) -> None:
+    def await_footprint(self, expected: set[str], timeout: float = 60) -> None:
         """Wait until nothing but `expected` is set up; what is set up beside it is shown."""
         found: set[str] = set()
         deadline = time.monotonic() + timeout

@@ -63,6 +63,6 @@ def no_helper_stays(toolkit: Toolkit) -> None:
     eventually(
         lambda: toolkit.sh("pgrep -ax helper", check=False),
         lambda found: not found,
-        2,
+        30,
         "a helper has stayed",
     )
