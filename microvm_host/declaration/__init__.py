@@ -137,16 +137,10 @@ def _checked(document: Document) -> dict[str, Any]:
         if key in GUEST_KEYS:
             continue
         if key not in _KEYS:
-            import difflib
+            from .elsewhere import advice
 
-            from .elsewhere import hint
-
-            near = difflib.get_close_matches(key, (*_KEYS, *GUEST_KEYS), 1)
             raise document.error(
-                (key,),
-                f"there is no key {key!r}",
-                hint(key)
-                or (f"did you mean {near[0]}?" if near else f"known are {', '.join(_KEYS)}, …"),
+                (key,), f"there is no key {key!r}", advice(key, (*_KEYS, *GUEST_KEYS))
             )
         check = _KEYS[key]
         try:

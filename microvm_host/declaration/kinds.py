@@ -8,10 +8,9 @@ the JSON Schema, so that an editor and the toolkit do not disagree.
 
 from __future__ import annotations
 
-import difflib
-
 from ..errors import NameInvalid
 from . import elsewhere
+from .nearest import nearest
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -113,9 +112,9 @@ class Choice(Kind):
 
     def check(self, value: object) -> str:
         if not isinstance(value, str) or value not in self._words:
-            near = difflib.get_close_matches(str(value), self._words, 1)
+            near = nearest(str(value), self._words)
             rule = f"is none of {', '.join(self._words)}"
-            raise ValueError(f"{rule}; did you mean {near[0]}?" if near else rule)
+            raise ValueError(f"{rule}; did you mean {near}?" if near else rule)
         return value
 
     def schema(self) -> dict[str, Any]:
@@ -186,14 +185,10 @@ class Table(Kind):
             raise document.error(at, f"{dotted(at)} = {shown(value)} is not a table")
         for key in value:
             if key not in self.keys:
-                near = difflib.get_close_matches(key, self.keys, 1)
                 raise document.error(
                     (*at, key),
                     f"there is no key {dotted((*at, key))!r}",
-                    elsewhere.hint(key)
-                    or (
-                        f"did you mean {near[0]}?" if near else f"known are {', '.join(self.keys)}"
-                    ),
+                    elsewhere.advice(key, self.keys, dotted(at)),
                 )
         found = {}
         for name, key in self.keys.items():

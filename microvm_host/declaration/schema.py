@@ -12,6 +12,7 @@ from os.path import normpath
 
 from .. import names
 from ..errors import NameInvalid
+from .document import IDENTITIES
 from .kinds import REQUIRED, Choice, Key, List, Map, Number, Table, Text, Truth
 
 TYPE_CHECKING = False
@@ -529,13 +530,22 @@ _HOST: dict[str, dict[str, Any]] = {
 
 
 def json_schema() -> dict[str, Any]:
-    """The schema of a whole declaration, for editors."""
+    """The schema of a declaration, for editors, be it the file itself or a drop-in.
+
+    A drop-in has the keys that it adds or changes, so that none is required here but what tells
+    which element of a list it changes.
+    """
+    guest = GUEST.schema()["properties"]
+    for name, described in guest.items():
+        of = described.get("items", described)
+        of.pop("required", None)
+        if name in IDENTITIES:
+            of["required"] = [IDENTITIES[name]]
     return {
         "$comment": "SPDX-License-Identifier: MIT",
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Declaration of a microVM, microvm.toml(5)",
         "type": "object",
-        "properties": {**_HOST, **GUEST.schema()["properties"]},
-        # A drop-in of NAME.toml.d has none of these, so that none is required here.
+        "properties": {**_HOST, **guest},
         "additionalProperties": False,
     }

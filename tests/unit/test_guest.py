@@ -16,6 +16,7 @@ from microvm_host import declaration, names, runner
 from microvm_host.build.tree import File
 from microvm_host.declaration import claims, derived, schema
 from microvm_host.declaration.kinds import Choice, List, Map, Number, Table, Text, Truth
+from microvm_host.declaration.nearest import nearest
 from microvm_host.paths import HostPaths
 
 from .test_declared_golden import DIRECTORY, RIGHT, tree
@@ -140,6 +141,42 @@ def test_schema_takes_what_the_toolkit_takes(case: Path) -> None:
         plain = ("is not a whole number", "is none of", "is not true or false", "there is no key")
         if any(word in said for word in (*plain, "is not a list", "is not between")):
             assert not found or ".toml.d/" in said
+
+
+DROP_INS = sorted(DIRECTORY.glob("right/*.toml.d/*.toml"))
+DOCUMENTED = [
+    block.partition("\n```")[0]
+    for page in sorted((REPOSITORY / "docs").glob("*.md"))
+    for block in page.read_text().split("```toml\n")[1:]
+]
+
+
+@pytest.mark.parametrize("text", [*(case.read_text() for case in DROP_INS), *DOCUMENTED])
+def test_schema_takes_drop_ins_and_what_is_documented(text: str) -> None:
+    """A drop-in says of an element of a list what it changes, and which one it means."""
+    assert fits(tomllib.loads(text), schema.json_schema())
+
+
+def test_schema_wants_to_know_which_element_is_changed() -> None:
+    assert len(DROP_INS) >= 2 and len(DOCUMENTED) >= 10
+    assert not fits({"interfaces": [{"mac": "02:00:00:00:00:01"}]}, schema.json_schema())
+
+
+@pytest.mark.parametrize(
+    ("word", "known", "meant"),
+    [
+        ("VCPU", ["mem", "vcpu"], "vcpu"),
+        ("restart-delay", ["restart_delay"], "restart_delay"),
+        ("kernal", ["kernel", "key"], "kernel"),
+        ("macAddress", ["id", "mac", "macvtap"], "mac"),
+        ("memory", ["me", "mem"], "mem"),
+        ("colour", ["id", "mac"], None),
+        ("id", ["identical", "inside"], None),
+        ("", ["id"], None),
+    ],
+)
+def test_nearest_name(word: str, known: list[str], meant: str | None) -> None:
+    assert nearest(word, known) == meant
 
 
 def test_each_kind_describes_itself() -> None:
