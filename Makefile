@@ -76,8 +76,7 @@ install:
 		$(INSTALL) -m 644 udev/$$rules $(DESTDIR)$(udevrulesdir) || exit 1; done
 	for page in $(MANPAGES); do \
 		$(INSTALL) -m 644 man/$$page $(DESTDIR)$(mandir)/man$${page##*.} || exit 1; done
-	if [ -e completion/microvm.bash ]; then \
-		$(INSTALL) -m 644 completion/microvm.bash $(DESTDIR)$(bashcompletiondir)/microvm; fi
+	$(INSTALL) -m 644 completion/microvm.bash $(DESTDIR)$(bashcompletiondir)/microvm
 	# Compiled once here instead of at every start: the helpers run isolated, and some of them
 	# as users who could not write the result. The path is the one that it will run from.
 	$(PYTHON) -m compileall -q -f -s "$(DESTDIR)" -p / $(DESTDIR)$(pkgdir)/microvm_host

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from .paths import HostPaths
 
 SMALL, DEBIAN = "small", "debian"
-GUESTS = (SMALL, DEBIAN)
 # In MB.
 MEM_DEFAULT = {SMALL: 256, DEBIAN: 1024}
 LOGIN_DEFAULT = "admin"
