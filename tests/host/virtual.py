@@ -68,7 +68,7 @@ SPARE_NET_MAC = "52:54:00:6d:00:04"
 _SPARE_DISK_BYTES = 64 << 20
 
 # Under emulation a boot takes a quarter of a minute on an idle machine, and tests share it.
-_BOOT_TIMEOUT = 240
+_BOOT_TIMEOUT = 600
 
 
 def missing() -> str | None:
