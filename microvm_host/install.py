@@ -258,6 +258,7 @@ def roll_back(name: str, to: str | None, host: HostPaths) -> Change:
                 hint=f"`microvm history {name}` shows those that are left",
             )
         after = runner.load(others[0]).path
+        store.give(after, service.identity(name).gid)
         state.link(host.current(name), after)
         store.note(name, after, host, instead_of=before)
     return Change(name, before, after, state.booted(name, host))

@@ -31,6 +31,10 @@ KEPT = 5
 # As many as anybody looks at; those before them are forgotten.
 _ENTRIES_MAX = 100
 _DIGEST = frozenset("0123456789abcdef")
+# What of a package's `lib` are copies of the host's files, and the mode of those of them that not
+# everybody may read (build.tree.Copy).
+_COPIED = ("kernel", "initrd")
+PRIVATE_MODE = 0o640
 
 
 @frozen
@@ -69,10 +73,38 @@ def put(tree: Tree, name: str, gid: int, host: HostPaths) -> str:
         MicrovmHostError: it cannot be written; nothing of it is there then.
     """
     path = path_of(tree, name, host)
-    if not os.path.isdir(path):
+    if os.path.isdir(path):
+        give(path, gid)
+    else:
         _make(host.packages)
         tree.write(path, gid=gid, same=_Known(host))
     return path
+
+
+def give(package: str, gid: int) -> None:
+    """Have the private files of a package that is there be for this group.
+
+    The VM's user may be another one by now, and a group is no part of what a package is.
+
+    Raises:
+        MicrovmHostError: they cannot be given away.
+    """
+    for path in map(f"{package}/lib/{{}}".format, _COPIED):
+        try:
+            file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise MicrovmHostError(f"cannot be opened: {error.strerror}", path=path) from error
+        try:
+            status = os.fstat(file)
+            if status.st_mode & 0o777 == PRIVATE_MODE and status.st_gid != gid:
+                os.fchown(file, -1, gid)
+        except OSError as error:
+            message = f"cannot be given to group {gid}: {error.strerror}"
+            raise MicrovmHostError(message, path=path) from error
+        finally:
+            os.close(file)
 
 
 def is_ours(package: str, host: HostPaths) -> bool:
@@ -98,7 +130,7 @@ class _Known:
         for package in _packages(self._host):
             directory = f"{self._host.packages}/{package}/lib"
             # What the builder copies; nobody but root could have changed it.
-            for name in ("kernel", "initrd"):
+            for name in _COPIED:
                 try:
                     with open(f"{directory}/{name}", "rb") as source:
                         if os.fstat(source.fileno()).st_mode & 0o777 == 0o644:

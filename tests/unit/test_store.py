@@ -178,6 +178,58 @@ def test_a_kernel_is_on_the_disk_once(host: HostPaths, root: Path) -> None:
     assert len(inodes) == 1
 
 
+def test_a_private_kernel_goes_with_the_vms_user(
+    host: HostPaths, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A package is the same for whomever the VM runs as, and what it holds is for them alone."""
+    given: dict[str, int] = {}
+
+    def fchown(file: int, uid: int, gid: int) -> None:
+        assert uid == -1
+        given[os.readlink(f"/proc/self/fd/{file}")] = gid
+
+    monkeypatch.setattr(os, "fchown", fchown)
+    (root / "kernel").chmod(0o600)
+    (root / "open").write_bytes(b"")
+    tree = Tree.of(
+        {
+            "lib/kernel": Copy(str(root / "kernel"), DIGEST, is_private=True),
+            "lib/initrd": Copy(str(root / "open"), DIGEST),
+        }
+    )
+    path = store.put(tree, "web", 61001, host)
+    assert [*given.values()] == [61001]
+    given.clear()
+    assert store.put(tree, "web", 61002, host) == path
+    assert given == {f"{path}/lib/kernel": 61002}
+    # What is no file of its own is not followed.
+    (Path(path) / "lib/kernel").unlink()
+    (Path(path) / "lib/kernel").symlink_to(root / "kernel")
+    given.clear()
+    with pytest.raises(MicrovmHostError, match="lib/kernel: cannot be opened"):
+        store.put(tree, "web", 61003, host)
+    assert given == {}
+
+
+def test_a_rollback_gives_a_private_kernel_to_the_vms_user(
+    host: HostPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, _ = (update(host, "web", f"vcpu = {number}\n") for number in (1, 2))
+    kernel = Path(host.packages) / first / "lib/kernel"
+    kernel.unlink()
+    kernel.write_bytes(b"")
+    kernel.chmod(0o640)
+    given = []
+    monkeypatch.setattr(service, "identity", lambda name: Identity("other", 61002, "o", 61003))
+    monkeypatch.setattr(
+        os,
+        "fchown",
+        lambda file, *owner: given.append((os.readlink(f"/proc/self/fd/{file}"), owner)),
+    )
+    install.roll_back("web", None, host)
+    assert given == [(str(kernel), (-1, 61003))]
+
+
 def test_a_store_behind_a_link_is_known(host: HostPaths, root: Path) -> None:
     (root / "elsewhere").mkdir()
     os.symlink(root / "elsewhere", root / "var/lib/microvm-host")
