@@ -458,6 +458,8 @@ class _Machine:
                 console,
             ],
             last=[
+                # It removes a stale socket by itself.
+                shell.directories(self._guest.socket or ""),
                 macvtaps.opened(macvtaps.descriptors(self._guest, self._guest.vcpu)),
                 console_at_last,
             ],

@@ -26,13 +26,14 @@ esac"""
 
 
 def stale(*sockets: str) -> str:
-    """The lines that remove sockets which a hypervisor that was killed has left."""
-    return "\n".join(
-        f"[ ! -S {path} ] || rm -f {path}"
-        for path in (
-            shell.quoted(f"./{each}" if each.startswith("-") else each) for each in sockets
-        )
-    )
+    """The lines that make room for sockets: their directories, and what a hypervisor that was
+    killed has left is removed.
+    """
+    lines = [shell.directories(*sockets)]
+    for each in sockets:
+        path = shell.quoted(f"./{each}" if each.startswith("-") else each)
+        lines.append(f"[ ! -S {path} ] || rm -f {path}")
+    return "\n".join(filter(None, lines))
 
 
 def run(

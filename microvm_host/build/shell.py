@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from os.path import dirname
 from shlex import quote
 
 from ..frozen import frozen
@@ -41,6 +42,15 @@ def quoted(each: str | Word) -> str:
         f'"${{{part.name}}}"' if isinstance(part, Variable) else (quote(part) if part else "")
         for part in each.parts
     )
+
+
+def directories(*paths: str) -> str:
+    """Lines that make the directories below the state directory which these paths are in.
+
+    Each for the VM's user alone; an absolute path is in a directory that is somebody's already.
+    """
+    parents = dict.fromkeys(dirname(path) for path in paths if not path.startswith("/"))
+    return "\n".join(f"mkdir -p -m 700 {quote(f'./{each}')}" for each in parents if each)
 
 
 def script(shell: str, *blocks: str) -> bytes:

@@ -131,11 +131,8 @@ def _made(number: int, volume: Volume, tools: Tools) -> str:
         ]
     else:
         lines = _converted(number, volume, new, raw, tools)
-    lines = [
-        f"if [ ! -e {image} ]; then",
-        *(f"    {line}" for line in (*lines, f"mv {new} {image}")),
-        "fi",
-    ]
+    lines = [shell.directories(volume.image), *lines, f"mv {new} {image}"]
+    lines = [f"if [ ! -e {image} ]; then", *(f"    {line}" for line in lines if line), "fi"]
     return "\n".join(lines)
 
 

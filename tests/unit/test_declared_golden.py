@@ -205,6 +205,30 @@ def test_a_console_without_a_hub(tmp_path: Path, *, is_terminal: bool) -> None:
     assert done.stdout == ("on the terminal\n" if is_terminal else "said by the guest\n")
 
 
+def test_directories_are_made_for_images_and_sockets(tmp_path: Path) -> None:
+    declaration = tmp_path / "web.toml"
+    declaration.write_text(
+        'kernel = "/boot/vmlinuz"\nsocket = "-run/vm/control.sock"\n'
+        '[[volumes]]\nimage = "disks/a b.img"\nsize = 1\nfsType = "none"\n'
+    )
+    found = declared.tree(
+        str(declaration),
+        None,
+        lambda guest: Tools(qemu="true", qemu_version=(10, 0), blobs=tools(guest).blobs),
+    )
+    (tmp_path / "run").write_text(found.text("bin/microvm-run"))
+    state = tmp_path / "state"
+    state.mkdir()
+    # A second start finds them.
+    for _ in range(2):
+        subprocess.run(
+            ["sh", str(tmp_path / "run")], check=True, cwd=state, stdin=subprocess.DEVNULL
+        )
+    assert (state / "disks/a b.img").stat().st_size == 1 << 20
+    for directory in ("disks", "-run/vm"):
+        assert (state / directory).stat().st_mode & 0o777 == 0o700
+
+
 @pytest.mark.parametrize("case", RIGHT, ids=lambda case: case.stem)
 def test_twice_the_same(case: Path) -> None:
     one, other = tree(case), tree(case)
