@@ -388,7 +388,10 @@ class _Machine:
         name = f"net{number}"
         queues = 1
         if interface.type == "user":
-            netdev = word(f"user,id={name}", *self._forwards())
+            # A port is forwarded once, by the first of several.
+            users = [each for each in self._guest.interfaces if each.type == "user"]
+            forwards = self._forwards() if interface == users[0] else []
+            netdev = word(f"user,id={name}", *forwards)
         elif interface.type == "macvtap":
             queues = len(descriptors)
             key = "fds" if queues > 1 else "fd"

@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 
 # QEMU's hw/9pfs: a tag of 32 bytes with its NUL.
 _TAG_9P_MAX = 31
+# QEMU's own network is 10.0.2.0/24. These addresses are the network's: its first and last, and
+# libslirp's gateway and name server.
+_GUEST_NETWORK = "10.0.2."
+_GUEST_NETWORK_OWN = ("0", "2", "3", "255")
+_ANY_ADDRESS = ("", "0.0.0.0")
 # In the package, shares are directories by their tags, with these in them.
 _SHARE_FILES = ("source", "socket", "read-only", "cache", "posix-acl", "extra-args")
 
@@ -264,6 +269,7 @@ class _Reader:
         devices = tuple(self._device(*each) for each in enumerate(found["devices"]))
         self._check_distinct("devices", "path", [each.address or each.path for each in devices])
         forwards = tuple(self._forward(*each) for each in enumerate(found["forwardPorts"]))
+        self._check_forwards(forwards)
         if forwards and not any(each.type == "user" for each in interfaces):
             raise self._document.error(
                 ("forwardPorts", 0),
@@ -403,7 +409,25 @@ class _Reader:
                 "what the guest connects to has an address in its network, 10.0.2.0/24: "
                 'guest.address = "10.0.2.100"',
             )
+        if forward.source == "guest" and not _is_free(forward.guest_address):
+            raise self._wrong(
+                ("forwardPorts", number, "guest", "address"),
+                f"forwardPorts.guest.address = {forward.guest_address!r} is not one that a guest "
+                "could find something of the host at",
+                "give one of its network, 10.0.2.0/24, that is not the network's own: 10.0.2.100",
+            )
         return forward
+
+    def _check_forwards(self, forwards: tuple[Forward, ...]) -> None:
+        """Nothing listens at one port twice."""
+        for number, each in enumerate(forwards):
+            if any(_is_in_the_way(each, other) for other in forwards[:number]):
+                end = each.source
+                port = each.host_port if end == "host" else each.guest_port
+                raise self._wrong(
+                    ("forwardPorts", number, end, "port"),
+                    f"forwardPorts.{end}.port = {port} is forwarded twice",
+                )
 
     def _share(self, number: int, found: dict[str, Any]) -> Share:
         at = ("shares", number)
@@ -523,6 +547,24 @@ class _Reader:
             qemu_bus=qemu["bus"],
             qemu_extra=qemu["deviceExtraArgs"],
         )
+
+
+def _is_free(address: str) -> bool:
+    """Whether an address of QEMU's own network is nobody's, as it is written in one way only."""
+    last = address.removeprefix(_GUEST_NETWORK)
+    is_plain = last.isdigit() and str(int(last)) == last
+    return address != last and is_plain and last not in _GUEST_NETWORK_OWN
+
+
+def _is_in_the_way(one: Forward, other: Forward) -> bool:
+    """Whether both would listen at the same place."""
+    if (one.source, one.proto) != (other.source, other.proto):
+        return False
+    if one.source == "guest":
+        return (one.guest_address, one.guest_port) == (other.guest_address, other.guest_port)
+    addresses = {one.host_address, other.host_address}
+    is_same = len(addresses) == 1 or not addresses.isdisjoint(_ANY_ADDRESS)
+    return is_same and one.host_port == other.host_port
 
 
 def _check_claims(name: str, document: Document, others: claims.Claims) -> None:
