@@ -28,6 +28,8 @@ _OLDEST = (36, 0)
 _BZIMAGE_SINCE = (39, 0)
 # From then on it warns where an image's type is not told, and later refuses to write to it.
 _IMAGE_TYPE_SINCE = (52, 0)
+# Before that, an x2APIC of one byte.
+_VCPU_MAX, _MANY_CPUS_SINCE = 254, (48, 0)
 # virtio-mem's alignment there, in MB (virtio-devices/src/mem.rs).
 _HOTPLUG_UNIT = 128
 # What ends a value, or begins a list (option_parser/src/lib.rs).
@@ -45,6 +47,12 @@ def build(guest: Guest, tools: Tools) -> Tree:
             "options are known",
         )
     limits.check(guest, _CANNOT)
+    if guest.vcpu > _VCPU_MAX and version < _MANY_CPUS_SINCE:
+        raise Refused(
+            ("vcpu",),
+            f"vcpu = {guest.vcpu} is more than {_VCPU_MAX}, the most for cloud-hypervisor before "
+            f"version {_MANY_CPUS_SINCE[0]}",
+        )
     macvtaps.check(guest)
     formats = [kernels.PVH, *([kernels.BZIMAGE] if version >= _BZIMAGE_SINCE else [])]
     kernels.check(guest, tools, *formats)

@@ -80,6 +80,11 @@ def check(guest: Guest, cannot: Cannot) -> None:
             "initialBalloonMem is what a balloon takes at the start, and there is none",
             "add balloon = true",
         )
+    if guest.initial_balloon_mem >= guest.mem:
+        raise Refused(
+            ("initialBalloonMem",),
+            f"initialBalloonMem = {guest.initial_balloon_mem} leaves nothing of mem = {guest.mem}",
+        )
 
 
 def plain(guest: Guest, at: Path, value: str, special: str = ",") -> str:

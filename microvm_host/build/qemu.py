@@ -37,6 +37,13 @@ _FORMATS = {"vhd": "vpc"}
 _CREDENTIALS = "opt/io.systemd.credentials"
 # FW_CFG_MAX_FILE_PATH of QEMU's include/hw/nvram/fw_cfg.h is 56, with the final NUL.
 _CREDENTIAL_MAX = 55 - len(_CREDENTIALS) - 1
+# QEMU ends by an assertion when its fw_cfg has more files than places. There are 32 by default, of
+# which machines fill up to 15 themselves (hw/nvram/fw_cfg.c).
+_FEW_CREDENTIALS, _CREDENTIALS_MAX, _PLACES = 12, 100, 128
+# What the guest's systemd is told by it where to say that it is ready.
+_NOTIFY_CREDENTIAL = "vmm.notify_socket"
+# max_cpus of each machine (hw/i386/microvm.c, pc_q35.c), and from when on q35 has more.
+_VCPU_MAX, _Q35_VCPU_MAX, _Q35_VCPU_SINCE = 288, 1024, (8, 1)
 
 _PROBE = """\
 # KVM by what the CPU can do: /dev/kvm may be there, and open, where no guest would ever run.
@@ -161,6 +168,7 @@ class _Machine:
         """Refuse what QEMU, or the machine, cannot do."""
         guest = self._guest
         limits.check(guest, _CANNOT)
+        self._check_cpus()
         if guest.hotplug_mem and self._type == "microvm":
             raise Refused(
                 ("hotplugMem",),
@@ -185,18 +193,49 @@ class _Machine:
                     ("forwardPorts", number, "proto"),
                     "forwardPorts.proto = 'udp': QEMU forwards only TCP from a guest",
                 )
-        for name, _ in guest.credential_files:
+        self._check_credentials()
+        for name, _ in guest.qemu.machine_opts:
+            if name == "type":
+                raise Refused(
+                    ("qemu", "machineOpts", name), "qemu.machineOpts.type is qemu.machine"
+                )
+
+    def _check_cpus(self) -> None:
+        most, hint = _VCPU_MAX, ""
+        if self._type == "q35" and self._tools.qemu_version >= _Q35_VCPU_SINCE:
+            most = _Q35_VCPU_MAX
+        elif self._type == "q35":
+            hint = f"from QEMU {'.'.join(map(str, _Q35_VCPU_SINCE))} on it has {_Q35_VCPU_MAX}"
+        else:
+            hint = 'qemu.machine = "q35" may have more'
+        if self._guest.vcpu > most:
+            raise Refused(
+                ("vcpu",),
+                f"vcpu = {self._guest.vcpu} is more than the {most} of QEMU's machine {self._type}",
+                hint,
+            )
+
+    def _check_credentials(self) -> None:
+        given = self._guest.credential_files
+        for name, _ in given:
             if len(name) > _CREDENTIAL_MAX:
                 raise Refused(
                     ("credentialFiles", name),
                     f"credentialFiles.{name} has more than {_CREDENTIAL_MAX} characters in its "
                     "name, the most for QEMU's fw_cfg",
                 )
-        for name, _ in guest.qemu.machine_opts:
-            if name == "type":
+            if name == _NOTIFY_CREDENTIAL and self._guest.readiness == "guest":
                 raise Refused(
-                    ("qemu", "machineOpts", name), "qemu.machineOpts.type is qemu.machine"
+                    ("credentialFiles", name),
+                    f"credentialFiles.{name} is what readiness = 'guest' gives the guest",
+                    "leave one of them out",
                 )
+        if len(given) > _CREDENTIALS_MAX:
+            raise Refused(
+                ("credentialFiles",),
+                f"credentialFiles has {len(given)} of them, and {_CREDENTIALS_MAX} is the most",
+                "put them into a share or a volume",
+            )
 
     def _check_mmio(self) -> None:
         guest = self._guest
@@ -431,11 +470,13 @@ class _Machine:
     def _credentials(self) -> Words:
         guest = self._guest
         argv: Words = []
+        if len(guest.credential_files) > _FEW_CREDENTIALS:
+            argv += ["-global", f"fw_cfg_io.x-file-slots={_PLACES}"]
         for name, path in credentials.files(guest):
             # Its contents never stand on a command line.
             argv += ["-fw_cfg", f"name={_CREDENTIALS}/{name},file={_escaped(path)}"]
         if guest.readiness == "guest" and guest.vsock_cid is not None:
-            credential, value = "vmm.notify_socket", notify_socket(guest.vsock_cid)
+            credential, value = _NOTIFY_CREDENTIAL, notify_socket(guest.vsock_cid)
             if self._type == "q35":
                 # No module of the guest's kernel is needed for this one.
                 text = f"io.systemd.credential:{credential}={value}"

@@ -39,6 +39,7 @@ OLD_VERSIONS = {
     "cloud-hypervisor-too-old": (35, 1),
     "cloud-hypervisor-38": (38, 0),
     "cloud-hypervisor-38-bzimage": (38, 0),
+    "cloud-hypervisor-47-cpus": (47, 0),
     "firecracker-mmio": (1, 12),
 }
 
@@ -60,7 +61,7 @@ def tools(guest: Guest) -> Tools:
     return Tools(
         python="/usr/bin/python3",
         qemu="/usr/bin/qemu-system-x86_64",
-        qemu_version=(10, 0),
+        qemu_version=(8, 0) if guest.name == "cpus-q35-8.0" else (10, 0),
         program=f"/usr/bin/{program}" if is_there else None,
         program_version=OLD_VERSIONS.get(guest.name, VERSIONS.get(guest.hypervisor, (0, 0))),
         qemu_img=None if guest.name == "volume-qcow2-no-qemu-img" else "/usr/bin/qemu-img",
