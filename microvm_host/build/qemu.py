@@ -87,6 +87,18 @@ if [ "${console#stdio}" = "$console" ]; then
     cat <@log@ &
 fi"""
 
+# The package may be anywhere (`microvm build -o`).
+_PLACE = """\
+case $package in
+    @wrong@)
+        echo "$package: QEMU cannot be told of files in a directory with @what@ in its path" >&2
+        exit 78
+        ;;
+esac"""
+_NO_COMMAS = ("*,*", "a comma")
+# It takes a command apart by blanks and quotes.
+_PLAIN_ALONE = ("*[!a-zA-Z0-9/._+@:~-]*", "anything but letters, digits and /._+@:~-")
+
 
 def build(guest: Guest, tools: Tools) -> Tree:
     """The package; raises Refused."""
@@ -488,6 +500,16 @@ class _Machine:
 
     # ---- the scripts
 
+    def _place(self) -> str:
+        """The lines that see to it that the package's path can stand in options."""
+        if any(each.source == "guest" for each in self._guest.forward_ports):
+            wrong, what = _PLAIN_ALONE
+        elif self.event_log is not None:
+            wrong, what = _NO_COMMAS
+        else:
+            return ""
+        return _PLACE.replace("@wrong@", wrong).replace("@what@", what)
+
     def run_script(self) -> bytes:
         vhost = any(each.is_tap and each.vhost is None for each in self._guest.interfaces)
         console, console_at_last = self._console_scripts()
@@ -496,6 +518,7 @@ class _Machine:
             self._tools,
             self.argv(),
             looks=[
+                self._place(),
                 _PROBE.replace("@cpu@", _HOST_CPU),
                 _VHOST if vhost else "",
                 _CLOCK if self._type == "microvm" else "",

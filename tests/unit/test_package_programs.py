@@ -235,3 +235,27 @@ def test_firecracker_is_given_kernel_and_initrd_open(tmp_path: Path) -> None:
     done = subprocess.run([str(run)], cwd=tmp_path, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("the kernel\nthe initrd", "")
     assert os.path.getsize(tmp_path / "root.img") == 8192 << 20
+
+
+@pytest.mark.parametrize(
+    ("case", "place", "said"),
+    [
+        ("minimal", "with blanks 'and' more", ""),
+        ("minimal", "a,b", "a comma"),
+        ("example-user", "plain-0.1_a", ""),
+        ("example-user", "a b", "anything but letters, digits"),
+        ("example-user", "it's", "anything but letters, digits"),
+    ],
+)
+def test_a_package_says_where_qemu_cannot_have_it(
+    case: str, place: str, said: str, tmp_path: Path
+) -> None:
+    package = written(DIRECTORY / f"right/{case}.toml", tmp_path)
+    there = tmp_path / place / "package"
+    there.parent.mkdir()
+    os.rename(package, there)
+    run = [str(there / "bin/microvm-run")]
+    done = subprocess.run(run, env={"MICROVM_SHOW": "1"}, capture_output=True, text=True)
+    assert done.returncode == (78 if said else 0)
+    assert said in done.stderr and bool(done.stderr) == bool(said)
+    assert bool(done.stdout) != bool(said)
