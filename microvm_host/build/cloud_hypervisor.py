@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from ..paths import MICROVM_BALLOON, MICROVM_RUN, MICROVM_SHUTDOWN, PCI_DEVICES
-from . import kernels, limits, macvtaps, payload, programs, scripts, seed, shell
+from . import kernels, limits, macvtaps, once, payload, programs, scripts, seed, shell
 from .facts import OWN_NOTIFY_SOCKET, OWN_VSOCK, facts
 from .limits import plain
 from .refused import Refused
@@ -32,6 +32,17 @@ _IMAGE_TYPE_SINCE = (52, 0)
 _VCPU_MAX, _MANY_CPUS_SINCE = 254, (48, 0)
 # virtio-mem's alignment there, in MB (virtio-devices/src/mem.rs).
 _HOTPLUG_UNIT = 128
+# Options with one value after the other, and those that an administrator's take the place of.
+_LISTED, _REPLACED = ("--disk", "--net", "--fs", "--device"), ("--serial", "--console")
+# Of --platform's, what is given by keys of their own.
+_PLATFORM_KEYS = {
+    "uuid": "machineId",
+    "system_uuid": "machineId",
+    "oem_strings": "cloud-hypervisor.platformOEMStrings",
+}
+# On a terminal, both would read the same input.
+_TTY = "tty"
+_NOT_SEEN = ("off", "null")
 # What ends a value, or begins a list (option_parser/src/lib.rs).
 _SPECIAL = ',"[]'
 
@@ -67,13 +78,23 @@ def build(guest: Guest, tools: Tools) -> Tree:
         has_own_vsock=True,
     )
     entries |= payload.files(guest, tools)
+    _check_extra(guest)
     vsock = [OWN_VSOCK] if guest.vsock_cid is not None else []
     taps = macvtaps.descriptors(guest, guest.vcpu)
     entries[MICROVM_RUN] = File(
         scripts.run(
             guest,
             tools,
-            [path, *_arguments(guest, tools, socket, taps), *guest.extra_arguments],
+            [
+                path,
+                *once.merged(
+                    guest,
+                    _arguments(guest, tools, socket, taps),
+                    listed=_LISTED,
+                    joined=("--platform",),
+                    replaced=_REPLACED,
+                ),
+            ],
             last=[scripts.stale(socket, *vsock), macvtaps.opened(taps)],
         ),
         0o755,
@@ -109,6 +130,27 @@ def _check_hotplug(guest: Guest) -> None:
             )
 
 
+def _check_extra(guest: Guest) -> None:
+    for option in once.given(guest):
+        if option.name in (*_REPLACED, "--platform") and len(option.values) != 1:
+            raise once.refused(guest, option, "without its one value")
+        if option.name == "--platform":
+            for key, instead in _PLATFORM_KEYS.items():
+                if f",{key}=" in f",{option.values[0]}":
+                    raise once.refused(guest, option, f"with {key}", f"say it by {instead}")
+        is_tty = _extra(guest, "--serial", _TTY) == _extra(guest, "--console", "off") == _TTY
+        if option.name == "--console" and is_tty:
+            raise once.refused(
+                guest, option, "tty, where the serial port is, too", 'add "--serial", "null"'
+            )
+
+
+def _extra(guest: Guest, name: str, default: str) -> str:
+    """What an option with one value says."""
+    found = [each.values for each in once.given(guest) if each.name == name]
+    return found[0][0] if found and found[0] else default
+
+
 def _arguments(
     guest: Guest, tools: Tools, socket: str, taps: dict[str, tuple[int, ...]]
 ) -> Iterator[shell.Word | str]:
@@ -119,9 +161,11 @@ def _arguments(
     yield from ("--kernel", payload.KERNEL)
     if guest.initrd is not None:
         yield from ("--initramfs", payload.INITRD)
-    words = ["earlyprintk=ttyS0", "console=ttyS0", "reboot=t", "panic=-1", *guest.kernel_params]
+    is_seen = _extra(guest, "--serial", _TTY) not in _NOT_SEEN
+    console = ["earlyprintk=ttyS0", "console=ttyS0"] if is_seen else []
+    words = [*console, "reboot=t", "panic=-1", *guest.kernel_params]
     yield from ("--cmdline", " ".join(words))
-    yield from ("--serial", "tty", "--console", "off", "--seccomp", "true", "--watchdog")
+    yield from ("--serial", _TTY, "--console", "off", "--seccomp", "true", "--watchdog")
     if guest.balloon:
         deflates = "on" if guest.deflate_on_oom else "off"
         size = f"size={guest.initial_balloon_mem}M"

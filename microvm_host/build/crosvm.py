@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from ..paths import MICROVM_BALLOON, MICROVM_RUN, MICROVM_SHUTDOWN, PCI_DEVICES
-from . import kernels, limits, macvtaps, payload, scripts, seed, shell
+from . import kernels, limits, macvtaps, once, payload, scripts, seed, shell
 from .facts import facts, notify_socket, notify_word
 from .limits import plain
 from .tools import hypervisor
@@ -27,6 +27,9 @@ _CANNOT: limits.Cannot = {
     # It finds out by itself, for what it can.
     "imageType": ("is not told here what an image is", "convert it: qemu-img convert -O raw …"),
 }
+_REPEATED = (
+    *("--serial", "--params", "--block", "--net", "--vhost-user-fs", "--shared-dir", "--vfio"),
+)
 # What ends a value or quotes one (serde_keyvalue), and what parts a shared directory's.
 _SPECIAL = ",\"'[]"
 _SHARED = ":"
@@ -47,7 +50,11 @@ def build(guest: Guest, tools: Tools) -> Tree:
         scripts.run(
             guest,
             tools,
-            [path, "run", *_arguments(guest, root, taps), *guest.extra_arguments, payload.KERNEL],
+            [
+                *(path, "run"),
+                *once.merged(guest, _arguments(guest, root, taps), repeated=_REPEATED),
+                payload.KERNEL,
+            ],
             last=[
                 scripts.stale(*sockets),
                 f"# Empty, for the sandbox of each device.\nmkdir -p {shell.quoted(root)}",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 
 from ..paths import MICROVM_BALLOON, MICROVM_RUN, MICROVM_SHUTDOWN, OPENED
-from . import kernels, limits, payload, programs, scripts, seed, shell
+from . import kernels, limits, once, payload, programs, scripts, seed, shell
 from .facts import OWN_NOTIFY_SOCKET, OWN_VSOCK, facts, notify_word
 from .refused import Refused
 from .shell import PACKAGE_VARIABLE, word
@@ -71,7 +71,7 @@ def build(guest: Guest, tools: Tools) -> Tree:
     opened = [f'exec {_KERNEL}<"$package"/lib/kernel']
     opened += [f'exec {_INITRD}<"$package"/lib/initrd'] if guest.initrd is not None else []
     argv: Words = [
-        *(path, "--api-sock", socket),
+        *("--api-sock", socket),
         *("--config-file", word(PACKAGE_VARIABLE, f"/{_CONFIGURATION}")),
     ]
     if tools.program_version >= _PCI_SINCE:
@@ -80,7 +80,7 @@ def build(guest: Guest, tools: Tools) -> Tree:
         scripts.run(
             guest,
             tools,
-            [*argv, *guest.extra_arguments],
+            [path, *once.merged(guest, argv)],
             last=[scripts.stale(socket, *vsock), "\n".join(opened)],
         ),
         0o755,

@@ -49,6 +49,8 @@ class Syntax:
     """What the first word has to be."""
     last: bool = False
     """Whether a word without an option ends it: the kernel."""
+    repeated: tuple[str, ...] = ()
+    """Options that may be there several times; the parser takes the others once."""
 
 
 CLOUD_HYPERVISOR = Syntax(
@@ -72,7 +74,12 @@ CLOUD_HYPERVISOR = Syntax(
             }
         ),
         "--platform": Keys(
-            {"uuid": r"[0-9a-f-]{36}", "serial_number": TEXT, "oem_strings": r"\[[^][]+\]"}
+            {
+                "uuid": r"[0-9a-f-]{36}",
+                "serial_number": TEXT,
+                "oem_strings": r"\[[^][]+\]",
+                "num_pci_segments": NUMBER,
+            }
         ),
         "--kernel": Value(),
         "--initramfs": Value(),
@@ -102,8 +109,10 @@ CLOUD_HYPERVISOR = Syntax(
         "--fs": Keys({"tag": TEXT, "socket": TEXT, "num_queues": NUMBER}, many=True),
         "--device": Keys({"path": TEXT, "iommu": ON_OFF}, many=True),
         "--vsock": Keys({"cid": NUMBER, "socket": TEXT}),
+        "--pvpanic": None,
         "-v": None,
     },
+    repeated=("-v",),
 )
 
 CROSVM = Syntax(
@@ -149,6 +158,9 @@ CROSVM = Syntax(
         "--disable-sandbox": None,
     },
     last=True,
+    repeated=(
+        *("--serial", "--params", "--block", "--net", "--vhost-user-fs", "--shared-dir", "--vfio"),
+    ),
 )
 
 KVMTOOL = Syntax(
@@ -179,6 +191,7 @@ KVMTOOL = Syntax(
         "--vfio-pci": Value(r"([0-9a-f]{4}:)?[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]"),
         "--vsock": Value(NUMBER),
     },
+    repeated=("--disk", "--9p", "--network", "--vfio-pci"),
 )
 
 _NET_DEVICE = {"id": TEXT, "netdev": TEXT, "mac": MAC, "mq": ON_OFF}
@@ -238,6 +251,7 @@ STRATOVIRT = Syntax(
             },
         ),
     },
+    repeated=("-qmp", "-object", "-drive", "-chardev", "-netdev", "-device"),
 )
 
 _TAP = {"if_name": TEXT, "tap": TEXT, "mac": MAC, "mtu": NUMBER, "queue_pairs": NUMBER}
@@ -257,6 +271,7 @@ ALIOTH = Syntax(
         "--fs": Keys({}, kinds={"vu": {"socket": TEXT, "tag": TEXT}}),
         "--vsock": Keys({}, kinds={"vhost": {"cid": NUMBER}}),
     },
+    repeated=("--blk", "--net", "--fs"),
 )
 
 FIRECRACKER = Syntax(
@@ -332,10 +347,9 @@ def wrong(syntax: Syntax, words: Sequence[str]) -> Iterator[str]:
             yield f"there is no option {option}"
             continue
         value = syntax.options[option]
+        if option in seen and option not in syntax.repeated:
+            yield f"{option} is there twice"
         if isinstance(value, Keys) and value.many:
-            # The parser takes such an option once.
-            if option in seen:
-                yield f"{option} is there twice"
             count = next((n for n, word in enumerate(rest) if word.startswith("-")), len(rest))
             values, rest = rest[:count], rest[count:]
             if not values:

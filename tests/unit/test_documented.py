@@ -43,13 +43,20 @@ def test_a_command_line_is_documented(case: Path, tmp_path: Path) -> None:
                 documented.wrong(syntax, [*words[:number], misspelt, *words[number + 1 :]])
             )
             assert found, f"{misspelt!r} for {word!r}"
+    # So is one that is there twice, unless it may be.
+    before = len(syntax.commands)
+    for number in range(before, len(words)):
+        if words[number] in syntax.options and words[number] not in syntax.repeated:
+            value = words[number + 1 : number + 2] if syntax.options[words[number]] else []
+            twice = [*words[:before], words[number], *value, *words[before:]]
+            assert f"{words[number]} is there twice" in documented.wrong(syntax, twice)
 
 
 def misspellings(word: str, syntax: documented.Syntax) -> Iterator[str]:
     """A word of a command line with one letter too many in an option or in one of its keys."""
     if word in syntax.options:
         yield f"{word}x"
-    elif not any(word.startswith(start) for start in ("/", "console=", "earlyprintk=")):
+    elif not any(word.startswith(start) for start in ("/", "console=", "earlyprintk=", "reboot=")):
         parts = word.split(",")
         for number, part in enumerate(parts):
             key, equals, value = part.partition("=")
