@@ -8,7 +8,7 @@ What the host does with a package is no business of this one's, which must not i
 
 from __future__ import annotations
 
-from . import alioth, cloud_hypervisor, crosvm, firecracker, kvmtool, qemu, stratovirt
+from . import alioth, cloud_hypervisor, crosvm, firecracker, inside, kvmtool, qemu, stratovirt
 from .tools import Tools
 from .tree import Tree
 
@@ -35,4 +35,5 @@ def build(guest: Guest, tools: Tools) -> Tree:
     Raises:
         Refused: its hypervisor cannot do all of it.
     """
+    inside.check(guest)
     return _BUILDERS[guest.hypervisor](guest, tools)

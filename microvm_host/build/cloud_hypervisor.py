@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from ..paths import MICROVM_BALLOON, MICROVM_RUN, MICROVM_SHUTDOWN, PCI_DEVICES
-from . import kernels, limits, macvtaps, once, payload, programs, scripts, seed, shell
+from . import inside, kernels, limits, macvtaps, once, payload, programs, scripts, seed, shell
 from .facts import OWN_NOTIFY_SOCKET, OWN_VSOCK, facts
 from .limits import plain
 from .refused import Refused
@@ -69,7 +69,7 @@ def build(guest: Guest, tools: Tools) -> Tree:
     kernels.check(guest, tools, *formats)
     _check_hotplug(guest)
     # It serves several clients at a time: the package's scripts and the host have the same.
-    socket = guest.socket or f"{guest.name}-control.sock"
+    socket = guest.socket or inside.control(guest)
     entries = facts(
         guest,
         tools,

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from ..paths import MICROVM_BALLOON, MICROVM_RUN, MICROVM_SHUTDOWN, PCI_DEVICES
-from . import kernels, limits, macvtaps, once, payload, scripts, seed, shell
+from . import inside, kernels, limits, macvtaps, once, payload, scripts, seed, shell
 from .facts import facts, notify_socket, notify_word
 from .limits import plain
 from .tools import hypervisor
@@ -44,7 +44,7 @@ def build(guest: Guest, tools: Tools) -> Tree:
     entries = facts(guest, tools, multi_queue=False)
     entries |= payload.files(guest, tools)
     taps = macvtaps.descriptors(guest, 1)
-    root = f"./{guest.name}-root"
+    root = f"./{inside.sandbox(guest)}"
     sockets = [guest.socket] if guest.socket is not None else []
     entries[MICROVM_RUN] = File(
         scripts.run(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 
 from ..paths import MICROVM_BALLOON, MICROVM_RUN, MICROVM_SHUTDOWN, OPENED
-from . import kernels, limits, once, payload, programs, scripts, seed, shell
+from . import inside, kernels, limits, once, payload, programs, scripts, seed, shell
 from .facts import OWN_NOTIFY_SOCKET, OWN_VSOCK, facts, notify_word
 from .refused import Refused
 from .shell import PACKAGE_VARIABLE, word
@@ -60,7 +60,7 @@ def build(guest: Guest, tools: Tools) -> Tree:
             ("vcpu",), f"vcpu = {guest.vcpu} is more than firecracker's {_VCPU_MAX} virtual CPUs"
         )
     # It serves several clients at a time: the package's scripts and the host have the same.
-    socket = guest.socket or f"{guest.name}-control.sock"
+    socket = guest.socket or inside.control(guest)
     entries = facts(
         guest, tools, multi_queue=False, control=(socket, "firecracker"), has_own_vsock=True
     )

@@ -7,7 +7,7 @@ It has no way to ask a guest to shut down: `lkvm stop` pulls the plug.
 from __future__ import annotations
 
 from ..paths import MICROVM_BALLOON, MICROVM_RUN
-from . import kernels, limits, macvtaps, payload, scripts, seed, shell
+from . import inside, kernels, limits, macvtaps, payload, scripts, seed, shell
 from .facts import facts, notify_socket, notify_word
 from .limits import plain
 from .refused import Refused
@@ -133,7 +133,7 @@ def _network(guest: Guest, number: int) -> Word | str:
 
 
 def _taken_file(guest: Guest, line: str) -> str:
-    return line.format(shell.quoted(f"./{guest.name}-balloon"))
+    return line.format(shell.quoted(f"./{inside.taken(guest)}"))
 
 
 def _balloon(guest: Guest, tools: Tools, path: str) -> bytes:

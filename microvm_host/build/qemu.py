@@ -8,7 +8,7 @@ of a macvtap) the script finds out by itself, and starts no process for the firs
 from __future__ import annotations
 
 from ..paths import MICROVM_BALLOON, MICROVM_RUN, MICROVM_SHUTDOWN
-from . import credentials, limits, macvtaps, payload, programs, scripts, seed, shell
+from . import credentials, inside, limits, macvtaps, payload, programs, scripts, seed, shell
 from .facts import facts, notify_socket
 from .refused import Refused
 from .shell import PACKAGE_VARIABLE, Variable, word
@@ -114,10 +114,11 @@ def build(guest: Guest, tools: Tools) -> Tree:
         guest,
         tools,
         multi_queue=guest.vcpu > 1,
-        control=(machine.control, "qmp"),
+        # QEMU listens to one client at a time on each socket.
+        control=(inside.control(guest), "qmp"),
         event_log=machine.event_log,
-        console=machine.console if guest.qemu.serial_console else None,
-        agent=machine.agent if guest.qemu.guest_agent else None,
+        console=inside.console(guest) if guest.qemu.serial_console else None,
+        agent=inside.agent(guest) if guest.qemu.guest_agent else None,
     )
     entries |= payload.files(guest, tools)
     entries[MICROVM_RUN] = File(machine.run_script(), 0o755)
@@ -145,19 +146,6 @@ class _Machine:
         self._has_pcie = self._type == "q35" or self._options["pcie"] == "on"
 
     @property
-    def control(self) -> str:
-        """The host's own socket: QEMU listens to one client at a time on each."""
-        return f"{self._guest.name}-control.sock"
-
-    @property
-    def console(self) -> str:
-        return f"{self._guest.name}-console.sock"
-
-    @property
-    def agent(self) -> str:
-        return f"{self._guest.name}-agent.sock"
-
-    @property
     def _has_hub(self) -> bool:
         return self._tools.qemu_version >= _HUB_SINCE
 
@@ -165,7 +153,7 @@ class _Machine:
     def event_log(self) -> str | None:
         if self._tools.qemu_version < _EVENTS_SINCE:
             return None
-        return f"{self._guest.name}-events.log"
+        return inside.event_log(self._guest)
 
     def _machine_options(self) -> dict[str, str | Variable]:
         options: dict[str, str | Variable] = {"accel": Variable("accel")}
@@ -345,7 +333,7 @@ class _Machine:
 
     def _monitors(self) -> Words:
         argv: Words = []
-        for socket in filter(None, (self._guest.socket, self.control)):
+        for socket in filter(None, (self._guest.socket, inside.control(self._guest))):
             argv += ["-qmp", f"unix:{_escaped(socket)},server=on,wait=off"]
         if self.event_log is not None:
             chardev = f"file,id=events,path={_escaped(self.event_log)},input-path="
@@ -361,7 +349,7 @@ class _Machine:
             return ["-chardev", word(Variable("console")), "-serial", "chardev:console"]
         return [
             *("-chardev", "stdio,id=stdio,signal=off"),
-            *("-chardev", _listening("socket", self.console)),
+            *("-chardev", _listening("socket", inside.console(self._guest))),
             *("-chardev", "hub,id=console,chardevs.0=stdio,chardevs.1=socket"),
             *("-serial", "chardev:console"),
         ]
@@ -373,15 +361,15 @@ class _Machine:
         if self._has_hub:
             return "", _CONSOLE_BY_HUB
         # Names of VMs hold nothing that the shell takes for its own.
-        log = f"{self._guest.name}-console.fifo"
-        socket = _listening("console", self.console)
+        log = inside.console_log(self._guest)
+        socket = _listening("console", inside.console(self._guest))
         before = _CONSOLE_IN_ONE_PLACE.replace("@socket@", socket)
         return before.replace("@log@", log), _LOGGED_CONSOLE.replace("@log@", log)
 
     def _agent(self) -> Words:
         """The port of QEMU's guest agent."""
         return [
-            *("-chardev", _listening("agent", self.agent)),
+            *("-chardev", _listening("agent", inside.agent(self._guest))),
             # Each port that might be takes two queues, in the guest's memory and in QEMU's: the 31
             # that it has by itself 6 MB of both. What else there may be by extraArgs finds room.
             *self._device("virtio-serial", "max_ports=8"),

@@ -80,11 +80,6 @@ def creation(guest: Guest, tools: Tools) -> str:
     cloud = guest.cloud_init
     if cloud is None:
         return ""
-    for number, volume in enumerate(guest.volumes):
-        if volume.image == IMAGE:
-            raise Refused(
-                ("volumes", number, "image"), f"volumes.image = {IMAGE!r} is cloudInit's own disk"
-            )
     mkfs, mcopy = dict(tools.mkfs).get(SEED_FS), tools.mcopy
     for program, package, path in (("mkfs.vfat", "dosfstools", mkfs), ("mcopy", "mtools", mcopy)):
         if path is None:

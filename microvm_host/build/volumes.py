@@ -32,6 +32,8 @@ _MKFS = {
 # The least that each mkfs takes without options of its own, in MiB; to be told before a VM starts.
 _LEAST = {"xfs": 300, "btrfs": 109}
 EMPTY = "none"
+# Endings of the names under which an image is made: of what gets its name, and of what that is of.
+TEMPORARY = (_NEW, _RAW) = (".new", ".raw")
 # File systems that are made of a directory or an archive.
 FILLED = ("ext4", "erofs")
 # From then on, each takes an archive in place of a directory, and mkfs.erofs a label.
@@ -119,7 +121,7 @@ def _path(volume: Volume) -> str:
 
 def _made(number: int, volume: Volume, tools: Tools) -> str:
     path = _path(volume)
-    image, new, raw = quote(path), quote(f"{path}.new"), quote(f"{path}.raw")
+    image, new, raw = quote(path), quote(f"{path}{_NEW}"), quote(f"{path}{_RAW}")
     if volume.image_type == "raw":
         lines = [
             f"rm -f {new}",

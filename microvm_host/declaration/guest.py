@@ -7,6 +7,8 @@ found out by who builds.
 
 from __future__ import annotations
 
+from os.path import normpath
+
 from .. import names, paths
 from ..errors import NameInvalid
 from ..frozen import frozen
@@ -330,7 +332,7 @@ class _Reader:
 
     def _volume(self, number: int, found: dict[str, Any]) -> Volume:
         volume = Volume(
-            image=found["image"],
+            image=_normal(found["image"]),
             size=found["size"],
             auto_create=found["autoCreate"],
             fs_type=found["fsType"],
@@ -342,6 +344,10 @@ class _Reader:
             serial=found["serial"],
             source=found["source"],
         )
+        if volume.image == ".":
+            raise self._wrong(
+                ("volumes", number, "image"), f"volumes.image = {found['image']!r} is no file"
+            )
         # erofs is as large as what is in it.
         has_size = volume.size is not None or volume.fs_type == "erofs"
         if volume.is_file and volume.auto_create and not has_size:
@@ -547,6 +553,14 @@ class _Reader:
             qemu_bus=qemu["bus"],
             qemu_extra=qemu["deviceExtraArgs"],
         )
+
+
+def _normal(image: str) -> str:
+    """An image's path in its shortest form, of which a file has one; other names as they are."""
+    short = normpath(image)
+    if image.startswith("rbd:") or short.startswith("rbd:"):
+        return image
+    return f"/{short.lstrip('/')}" if short.startswith("/") else short
 
 
 def _is_free(address: str) -> bool:
