@@ -40,6 +40,9 @@ _PLATFORM_KEYS = {
     "system_uuid": "machineId",
     "oem_strings": "cloud-hypervisor.platformOEMStrings",
 }
+# By which systemd takes an OEM string for a credential (systemd.system-credentials(7)); another is
+# io.systemd.credential.binary.
+_CREDENTIAL = "io.systemd.credential"
 # On a terminal, both would read the same input.
 _TTY = "tty"
 _NOT_SEEN = ("off", "null")
@@ -195,12 +198,20 @@ def _memory(guest: Guest) -> str:
 
 
 def _platform(guest: Guest) -> str:
-    strings = [
-        plain(guest, ("cloud-hypervisor", "platformOEMStrings"), each, _SPECIAL)
-        for each in guest.oem_strings
-    ]
+    strings = []
+    for number, each in enumerate(guest.oem_strings):
+        at = ("cloud-hypervisor", "platformOEMStrings", number)
+        if each.startswith(_CREDENTIAL):
+            # Not shown: it is what should not be read.
+            raise Refused(
+                at,
+                f"cloud-hypervisor.platformOEMStrings has one that begins with {_CREDENTIAL!r}: "
+                "everybody could read it, in the package and on the command line",
+                'put it into a share or a volume, or use credentialFiles with hypervisor = "qemu"',
+            )
+        strings.append(plain(guest, at, each, _SPECIAL))
     if guest.readiness == "guest":
-        strings.append(f"io.systemd.credential:vmm.notify_socket={OWN_NOTIFY_SOCKET}")
+        strings.append(f"{_CREDENTIAL}:vmm.notify_socket={OWN_NOTIFY_SOCKET}")
     listed = [f"oem_strings=[{','.join(strings)}]"] if strings else []
     return ",".join((f"uuid={guest.machine_id}", *listed))
 
