@@ -29,6 +29,8 @@ _MKFS = {
     "vfat": ((), "-n", 11),
     "erofs": ((), "-L", 15),
 }
+# Not in vfat's labels (dosfstools, validate_volume_label); the others take anything.
+_NOT_IN_FAT_LABELS = frozenset('*?.,;:/\\|+=<>[]"')
 # The least that each mkfs takes without options of its own, in MiB; to be told before a VM starts.
 _LEAST = {"xfs": 300, "btrfs": 109}
 EMPTY = "none"
@@ -220,6 +222,8 @@ def _formatted(number: int, volume: Volume, new: str, tools: Tools) -> list[str]
                 ("volumes", number, "label"),
                 f"volumes.label = {volume.label!r} is longer than {longest} bytes, for {kind}",
             )
+        if kind == "vfat":
+            _check_fat_label(number, volume.label)
         label = [label_option, quote(volume.label)]
     by = _progress(volume, new)
     words = [program, *options, *label, *map(quote, volume.mkfs_extra_args)]
@@ -229,6 +233,21 @@ def _formatted(number: int, volume: Volume, new: str, tools: Tools) -> list[str]
         return [*sized, " ".join([*words, new])]
     _check_source(number, volume, tools)
     return [*sized, f"{by}{' '.join([*words, '-d', quote(volume.source), new])}"]
+
+
+def _check_fat_label(number: int, label: str) -> None:
+    """What mkfs.vfat refuses; what is not ASCII depends on the locale for it."""
+    for character in label:
+        if character in _NOT_IN_FAT_LABELS or not character.isascii():
+            raise Refused(
+                ("volumes", number, "label"),
+                f"volumes.label = {label!r} has {character!r} in it, which vfat's labels cannot",
+            )
+    if label.startswith(" "):
+        raise Refused(
+            ("volumes", number, "label"),
+            f"volumes.label = {label!r} begins with a space, which vfat's labels cannot",
+        )
 
 
 def _erofs(number: int, volume: Volume, new: str, tools: Tools) -> list[str]:
