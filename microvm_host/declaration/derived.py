@@ -7,7 +7,8 @@ Whether somebody else has it already is for `claims` to find out.
 from __future__ import annotations
 
 from hashlib import sha256
-from uuid import NAMESPACE_DNS, uuid5
+
+from ..names import machine_uuid
 
 # Small ones are what people give by hand.
 _CID_LOWEST = 1 << 16
@@ -27,8 +28,11 @@ def cid(vm: str) -> int:
 
 
 def machine_id(vm: str) -> str:
-    """A UUID, as microvm.nix makes it of the host name."""
-    return str(uuid5(NAMESPACE_DNS, vm))
+    """A UUID, as microvm.nix makes it of the host name (its options.nix, machineId).
+
+    Of no version of RFC 9562, but a guest that was made there keeps its machine ID.
+    """
+    return machine_uuid(sha256(f"microvm.nix:{vm}".encode()).hexdigest()[:32])
 
 
 def instance_id(vm: str) -> str:

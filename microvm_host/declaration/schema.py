@@ -411,7 +411,7 @@ GUEST = Table(
         "machineId": Key(
             Text(names.machine_uuid),
             None,
-            "UUID of the machine; by default the UUIDv5 of the VM's name in the name space of DNS.",
+            "UUID of the machine; by default one that is made of the VM's name, and stays.",
         ),
         "registerWithMachined": Key(
             Truth(), False, "Whether systemd-machined of the host knows the VM."
