@@ -102,7 +102,7 @@ def _opened(name: str, volume: Volume) -> str:
         f"{volume.image}: this VM may not open it. Disks of the host are closed to VMs: "
         f"`systemctl edit microvm@{name}`, and write [Service] and, in a line of its own, "
         f"DeviceAllow={volume.image} {rights}. And its node has to be the VM's user's, by a rule "
-        "of udev. See DEVICES in microvm-host(7)."
+        "of udev. See CONFINEMENT in microvm-host(7)."
     )
     return "\n".join(
         [
