@@ -216,11 +216,17 @@ class Directory:
         return text
 
     def undo(self, host: HostPaths) -> list[str]:
-        for name in os.listdir(self.what):
-            if not _is_ours(self.what, name):
-                return [f"{self.what} has got {name!r} meanwhile and stays"]
-        for name in os.listdir(self.what):
-            os.unlink(f"{self.what}/{name}")
+        directory = os.open(self.what, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            # What comes after this look is kept, and with it the directory.
+            there = os.listdir(directory)
+            for name in there:
+                if not _is_ours(name, os.stat(name, dir_fd=directory, follow_symlinks=False)):
+                    return [f"{self.what} has got {name!r} meanwhile and stays"]
+            for name in there:
+                os.unlink(name, dir_fd=directory)
+        finally:
+            os.close(directory)
         os.rmdir(self.what)
         return []
 
@@ -275,8 +281,10 @@ def find(host: HostPaths) -> list[Leftover]:
         recorded = {thing for record in records.get(vm, ()) for thing in record.things}
         found += [unit for unit in seen.left(vm) if f"unit {unit.what}" not in recorded]
         found += records.get(vm, ())
-        found += _booted(vm, host)
-        found += _directory(vm, host)
+        # A link in the directory's place leads to where nothing is ours; no start bears with it.
+        if not os.path.islink(host.vm(vm)):
+            found += _booted(vm, host)
+            found += _directory(vm, host)
         found += [root for root in roots if root.vm == vm]
     return found
 
@@ -482,7 +490,11 @@ def _directory(vm: str, host: HostPaths) -> Iterator[Directory]:
     try:
         if time.time() - os.stat(path).st_mtime < _BUILT_WITHIN:
             return
-        foreign = [name for name in sorted(os.listdir(path)) if not _is_ours(path, name)]
+        foreign = [
+            name
+            for name in sorted(os.listdir(path))
+            if not _is_ours(name, os.lstat(f"{path}/{name}"))
+        ]
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         # Not there, no more, or not for everybody to see.
         return
@@ -490,9 +502,8 @@ def _directory(vm: str, host: HostPaths) -> Iterator[Directory]:
     yield Directory(vm, path, tuple(n if n.isprintable() else repr(n) for n in foreign))
 
 
-def _is_ours(directory: str, name: str) -> bool:
+def _is_ours(name: str, status: os.stat_result) -> bool:
     """Whether a file of a state directory is one of the small ones that the toolkit makes."""
-    status = os.lstat(f"{directory}/{name}")
     base = name.rpartition(".")[0] if name.rpartition(".")[2].isdigit() else name
     if stat.S_ISLNK(status.st_mode):
         return _is_roots(status) and base.lstrip(".") in ("build", "booted", "current")

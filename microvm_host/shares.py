@@ -18,6 +18,7 @@ from . import names, trust
 from .errors import MicrovmHostError, PackageError
 from .frozen import frozen
 from .paths import VIRTIOFSD_RUN
+from .place import Place, is_roots_directory, is_roots_socket
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -82,13 +83,13 @@ class ServeShare:
         record.append("unit", socket_unit)
         record.append("unit", service_unit)
         record.append("socket", self.socket)
-        # Ours before systemd comes by, which would follow a link that is put there meanwhile.
-        _make_directories(self.socket, self.state_directory)
-        self.systemd.start_transient(
-            socket_unit, self.socket_properties(), {service_unit: self.service_properties()}
-        )
-        # Nobody else can have put something else in its place: the directory is sticky.
-        os.chown(self.socket, self.identity.uid, self.identity.gid, follow_symlinks=False)
+        with Place(self.socket, self.state_directory) as place:
+            # Ours before systemd comes by, which would follow a link that is put there meanwhile.
+            place.make_directories()
+            self.systemd.start_transient(
+                socket_unit, self.socket_properties(), {service_unit: self.service_properties()}
+            )
+            place.give(self.identity)
 
     def socket_properties(self) -> Properties:
         return {
@@ -147,16 +148,20 @@ class RunOwnScript:
         record.append("unit", unit)
         for socket in self.sockets:
             record.append("socket", socket)
-            # One of an earlier run would be taken for a sign that virtiofsd is there.
-            _remove_socket(socket)
-            _make_directories(socket, self.state_directory)
+            with Place(socket, self.state_directory) as place:
+                place.make_directories()
+                # One of an earlier run would be taken for a sign that virtiofsd is there.
+                place.remove_socket()
         for path in self._files():
             record.append("file", path)
-            _reserve(path)
+            with Place(path, self.state_directory) as place:
+                place.reserve()
         self.systemd.start_transient(unit, self.properties(), {})
         self._wait_for_sockets(unit)
         for socket in self.sockets:
-            _hand_over(socket, self.identity)
+            # The script gave it to a group, perhaps.
+            with Place(socket, self.state_directory) as place:
+                place.give(self.identity)
 
     def _files(self) -> tuple[str, ...]:
         """What virtiofsd and supervisord write beside the sockets, through links if there are."""
@@ -319,7 +324,7 @@ def socket_path(share: Share, state_directory: str, package: str) -> str:
             status = os.lstat(directory)
         except FileNotFoundError:
             break
-        if not _is_roots_directory(status):
+        if not is_roots_directory(status):
             raise MicrovmHostError(
                 f"the socket of share {share.tag!r} is to lie in here, but it is not a directory "
                 "of root's alone",
@@ -422,72 +427,11 @@ def _legacy_argv(virtiofsd: Virtiofsd, share: Share, source: str, *, posix_acl: 
     ]
 
 
-def _make_directories(socket: str, state_directory: str) -> None:
-    """Make the directories between the state directory and a socket, root's alone.
-
-    Raises:
-        MicrovmHostError: somebody was quicker.
-    """
-    directory = state_directory
-    for part in socket[len(state_directory) + 1 :].split("/")[:-1]:
-        directory += f"/{part}"
-        try:
-            os.mkdir(directory, 0o755)
-        except FileExistsError:
-            # What is root's stays where it is: the state directory is sticky.
-            if not _is_roots_directory(os.lstat(directory)):
-                raise MicrovmHostError(
-                    "a socket is to lie in here, but it is not a directory of root's alone",
-                    path=directory,
-                    hint="remove it; it is made anew at start",
-                ) from None
-
-
-def _is_roots_directory(status: os.stat_result) -> bool:
-    """Whether a directory is root's, and nobody else can put something else into it."""
-    others = stat.S_IWGRP | stat.S_IWOTH
-    return stat.S_ISDIR(status.st_mode) and status.st_uid == 0 and not status.st_mode & others
-
-
-def _reserve(path: str) -> None:
-    """Make a file of root's where root's programs would write through whatever link is there.
-
-    Raises:
-        MicrovmHostError: a directory is there, or somebody else is quicker, time and again.
-    """
-    for _ in range(100):
-        try:
-            status = os.lstat(path)
-            if stat.S_ISREG(status.st_mode) and status.st_uid == 0 and status.st_nlink == 1:
-                return
-            os.unlink(path)
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            raise MicrovmHostError(
-                f"is in the way of {VIRTIOFSD_RUN}: {error.strerror}", path=path
-            ) from error
-        try:
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
-            return
-        except FileExistsError:
-            continue
-    raise MicrovmHostError("is made anew by somebody as often as it is removed", path=path)
-
-
 def _is_roots_socket(path: str) -> bool:
     try:
-        status = os.lstat(path)
+        return is_roots_socket(os.lstat(path))
     except FileNotFoundError:
         return False
-    return stat.S_ISSOCK(status.st_mode) and status.st_uid == 0
-
-
-def _hand_over(socket: str, identity: Identity) -> None:
-    """Give a socket of root's to the VM's user alone; the script gave it to a group, perhaps."""
-    # Root's own, in directories where nobody else moves it.
-    os.chmod(socket, 0o600)
-    os.chown(socket, identity.uid, identity.gid, follow_symlinks=False)
 
 
 def _capabilities(*numbers: int) -> int:
@@ -590,17 +534,27 @@ def undo(
                 problems.append(str(record.strange(line)))
     try:
         stop_units(units)
+        are_stopped = True
     except MicrovmHostError as error:
         problems.append(str(error))
+        are_stopped = False
     for kind, path in places:
         try:
-            if kind == "socket":
-                _remove_socket(path)
-            else:
-                _remove_file(path)
-            _remove_directories(os.path.dirname(path), state_directory)
+            with Place(path, state_directory) as place:
+                if kind == "socket":
+                    place.remove_socket()
+                else:
+                    place.remove_file()
         except OSError as error:
             problems.append(f"{kind} {path} could not be removed: {error.strerror}")
+    # Whoever runs on will make or remove its socket by the path, as root: that must not lead
+    # elsewhere then.
+    for _, path in places if are_stopped else ():
+        try:
+            with Place(path, state_directory) as place:
+                place.remove_directories()
+        except OSError as error:
+            problems.append(f"directories of {path} could not be removed: {error.strerror}")
     if not problems:
         record.clear()
     return problems
@@ -610,40 +564,3 @@ def _is_below(path: str, directory: str) -> bool:
     """Whether a path, by its words, is one of something in a directory."""
     is_plain = path.isprintable() and os.path.normpath(path) == path
     return is_plain and path.startswith(f"{directory}/")
-
-
-def _remove_socket(path: str) -> None:
-    """Remove a socket, if it is one: never another file, whoever put it there."""
-    try:
-        if stat.S_ISSOCK(os.lstat(path).st_mode):
-            os.unlink(path)
-    except FileNotFoundError:
-        pass
-
-
-def _remove_file(path: str) -> None:
-    """Remove a file that was made for root's programs, if it is one: never another's."""
-    try:
-        status = os.lstat(path)
-        if stat.S_ISREG(status.st_mode) and status.st_uid == 0:
-            os.unlink(path)
-    except FileNotFoundError:
-        pass
-
-
-def _remove_directories(path: str, state_directory: str) -> None:
-    """Remove the empty directories of root's that lie between a socket and the state directory."""
-    while _is_roots(path, state_directory):
-        try:
-            os.rmdir(path)
-        except OSError:
-            # Something else is in it, so that it is in use.
-            return
-        path = os.path.dirname(path)
-
-
-def _is_roots(path: str, state_directory: str) -> bool:
-    try:
-        return path.startswith(f"{state_directory}/") and os.lstat(path).st_uid == 0
-    except FileNotFoundError:
-        return False

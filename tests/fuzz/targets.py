@@ -38,6 +38,7 @@ from microvm_host import (
     log,
     names,
     pci,
+    place,
     process,
     readiness,
     reconcile,
@@ -220,8 +221,8 @@ def _check_package(package: Package, root: str) -> None:
             unit = names.share_unit(VM, share.tag, suffix)
             record.append("unit", unit)
             promise(unit.isascii() and unit.isprintable() and len(unit) < 256, f"unit {unit}")
-        for place in ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd"):
-            virtiofsd = Virtiofsd(place, is_legacy="qemu" in place)
+        for program in ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd"):
+            virtiofsd = Virtiofsd(program, is_legacy="qemu" in program)
             try:
                 argv = shares.virtiofsd_argv(virtiofsd, share, share.source)
             except MicrovmHostError:
@@ -249,13 +250,13 @@ def _net_device(host: HostPaths, interface: str) -> str:
 
 def _host(root: str) -> None:
     host = HostPaths(root)
-    for place in (host.state, host.records):
+    for path in (host.state, host.records):
         # Whoever can put something else in place of these is root already.
-        if os.path.realpath(place) != place:
+        if os.path.realpath(path) != path:
             return
         with suppress(OSError):
-            os.makedirs(place)
-        if not os.path.isdir(place):
+            os.makedirs(path)
+        if not os.path.isdir(path):
             return
     if not os.path.isdir(host.net_device("web0")):
         for name, attribute, value in _INTERFACES:
@@ -454,7 +455,7 @@ def isolate() -> None:
         # Who runs this stands for root.
         (source, "_is_roots_file", lambda status: stat.S_ISREG(status.st_mode)),
         (reconcile, "_is_roots", lambda status: True),
-        (shares, "_is_roots", lambda path, directory: path.startswith(f"{directory}/")),
+        (place, "ROOT", os.getuid()),
     ):
         promise(hasattr(module, name), f"{module.__name__} has no {name} to replace")
         setattr(module, name, instead)

@@ -26,7 +26,18 @@ PACKAGE = REPOSITORY / "microvm_host"
 LAYERS: tuple[set[str], ...] = (
     {"errors", "frozen", "supervised", "vsock"},
     {"names", "paths", "identity", "interpreter", "process", "record", "source", "state", "sysfs"},
-    {"bus", "interfaces", "leases", "log", "pcibus", "runner", "control", "trust", "users"},
+    {
+        "bus",
+        "interfaces",
+        "leases",
+        "log",
+        "pcibus",
+        "place",
+        "runner",
+        "control",
+        "trust",
+        "users",
+    },
     {"attach", "declaration", "hostuse", "nodes", "pciids"},
     {"build", "guests", "plan", "service", "store", "systemd"},
     # What changes the host; these do not know of each other.
@@ -256,8 +267,8 @@ BUDGET: dict[str, set[str]] = {
     "macvtap-interfaces-down": LINKS,
     "pci-devices-up": PCI,
     "pci-devices-down": PCI,
-    "virtiofsd-up": SETUP | READS | SYSTEMD | ours("plan", "shares", "trust"),
-    "virtiofsd-down": SETUP | SYSTEMD | ours("plan", "shares", "trust"),
+    "virtiofsd-up": SETUP | READS | SYSTEMD | ours("place", "plan", "shares", "trust"),
+    "virtiofsd-down": SETUP | SYSTEMD | ours("place", "plan", "shares", "trust"),
     "start": RUNNING | ours("hypervisor") | {"_signal", "select", "time"},
     # After the start, and for those VMs alone that ask for it.
     "register": READS | SYSTEMD | ours("helper.besides", "machined"),

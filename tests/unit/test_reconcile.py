@@ -256,6 +256,40 @@ def test_a_directory_that_got_something_stays(host: HostPaths) -> None:
     assert sorted(os.listdir(directory)) == ["disk.img", "runner"]
 
 
+def test_what_comes_into_a_directory_while_it_is_removed_stays(
+    host: HostPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = vm(host, "web")
+    (directory / "runner").touch()
+    found = Directory("web", str(directory))
+    listdir = os.listdir
+
+    def listed(path: int | str) -> list[str]:
+        there = listdir(path)
+        (directory / "disk.img").touch()
+        return there
+
+    monkeypatch.setattr(os, "listdir", listed)
+    with pytest.raises(OSError, match="not empty"):
+        found.undo(host)
+    assert listdir(directory) == ["disk.img"]
+
+
+def test_a_link_in_the_place_of_a_directory(host: HostPaths, root: Path) -> None:
+    """It leads to where nothing is ours, whatever it is called there."""
+    elsewhere = vm(host, "elsewhere", "booted")
+    os.rename(elsewhere, root / "elsewhere")
+    (root / "elsewhere/runner").touch()
+    os.utime(root / "elsewhere", (0, 0))
+    os.symlink(root / "elsewhere", host.vm("web"))
+    Record(host.record("web", "tap-interfaces")).append("tap", "web0", "7")
+    (found,) = reconcile.find(host)
+    assert isinstance(found, StaleRecord)
+    with pytest.raises(NotADirectoryError):
+        Directory("web", host.vm("web")).undo(host)
+    assert sorted(os.listdir(root / "elsewhere")) == ["booted", "runner"]
+
+
 def test_vms_that_are_declared_no_more(host: HostPaths, pid1: FakeSystemd) -> None:
     for name in ("web", "db", "by-hand", "down"):
         directory = vm(host, name, "current", "booted")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from microvm_host import shares, trust
+from microvm_host import place, plan, shares, trust
 from microvm_host.errors import MicrovmHostError, PackageError
 from microvm_host.identity import Identity
 from microvm_host.paths import VIRTIOFSD_PLACES, HostPaths
@@ -35,6 +35,12 @@ SOURCES = ["/srv", "/srv/$HOME ${x}", "/srv/100%i %h", "/srv/a,b", "/srv/back\\s
 def trusted_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sources are beyond the VM's user, whoever runs the tests and wherever."""
     monkeypatch.setattr(trust, "exchangeable", lambda path, by: None)
+
+
+@pytest.fixture(autouse=True)
+def roots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who runs the tests stands for root."""
+    monkeypatch.setattr(place, "ROOT", os.getuid())
 
 
 def given(**options: Any) -> Share:
@@ -172,10 +178,12 @@ def test_socket_below_what_is_no_directory(kind: str, state: str, root: Path) ->
 
 
 def test_socket_below_a_directory_of_another_user(state: str) -> None:
-    os.mkdir(f"{state}/run")
+    os.mkdir(f"{state}/run", 0o755)
+    assert socket_path("run/x.sock", state) == f"{state}/run/x.sock"
     if IS_ROOT:
-        assert socket_path("run/x.sock", state) == f"{state}/run/x.sock"
         os.chown(f"{state}/run", 12345, -1)
+    else:
+        os.chmod(f"{state}/run", 0o775)
     with pytest.raises(MicrovmHostError, match="not a directory of root's"):
         socket_path("run/x.sock", state)
 
@@ -251,14 +259,17 @@ def test_relative_source_that_leads_out(source: str, state: str, root: Path) -> 
 class FakeSystemd:
     """Notes what it is to start; its units are as active as they are told to be."""
 
-    def __init__(self, active: str = "active") -> None:
+    def __init__(self, active: str = "active", binds: Sequence[str] = ()) -> None:
+        """`binds` are where the package's own script listens."""
         self.started: list[tuple[str, Any, Any]] = []
         self.active = active
+        self.binds = binds
         self.listeners: list[socket.socket] = []
 
     def start_transient(self, unit: str, properties: Any, auxiliary: Any) -> None:
         self.started.append((unit, properties, auxiliary))
-        for _kind, path in properties.get("Listen", ("", []))[1]:
+        listened = [path for _kind, path in properties.get("Listen", ("", []))[1]]
+        for path in listened or self.binds:
             self.bind(path)
 
     def bind(self, path: str) -> None:
@@ -288,7 +299,7 @@ def test_a_share_is_a_socket_and_a_service(
     share = Share("home/alice", str(root), "run/a.sock", options_given=True, read_only=True)
     given_away: list[tuple[str, int, int]] = []
     monkeypatch.setattr(
-        os, "chown", lambda path, uid, gid, **_: given_away.append((path, uid, gid))
+        os, "chown", lambda path, uid, gid: given_away.append((os.readlink(path), uid, gid))
     )
     os.mkdir(host.vm("web-1"))
     (step,) = shares.plan("web-1", str(package), [share], ALICE, host, systemd)
@@ -416,21 +427,18 @@ def test_one_socket_for_two(host: HostPaths, package: Path, root: Path, state: s
 
 @pytest.mark.usefixtures("state")
 def test_own_script_where_only_it_knows_the_options(
-    host: HostPaths, package: Path, root: Path, state: str, monkeypatch: pytest.MonkeyPatch
+    host: HostPaths, package: Path, root: Path, state: str
 ) -> None:
-    # The test's own, whoever runs it.
-    monkeypatch.setattr(shares, "_is_roots_socket", os.path.exists)
     script = str(packages.program(package, "bin/virtiofsd-run"))
     # No virtiofsd of the host is asked for.
     plain = [Share("a", str(root), "a.sock"), Share("b", str(root), "b.sock")]
-    systemd = FakeSystemd()
+    systemd = FakeSystemd(binds=[f"{state}/a.sock", f"{state}/b.sock"])
     (step,) = shares.plan("web", str(package), plain, ALICE, host, systemd)
     assert step.describe() == "run bin/virtiofsd-run of the package for 2 shares"
 
     record = Record(host.record("web", "virtiofsd"))
-    for name in ("a.sock", "b.sock"):
-        systemd.bind(f"{state}/{name}")
-    monkeypatch.setattr(shares, "_remove_socket", lambda path: None)
+    # Of an earlier run.
+    systemd.bind(f"{state}/a.sock")
     # What root's programs would write to, through a link.
     os.mkdir(root / "elsewhere")
     Path(root / "elsewhere/file").write_text("of somebody else's")
@@ -516,8 +524,8 @@ def test_undo(host: HostPaths, state: str) -> None:
     assert stopped == [UNIT, OWN_UNIT]
     assert os.path.exists(paths[2])
     assert not os.path.exists(paths[0])
-    # Made for the socket, if root made it; a directory of the user's stays.
-    assert os.path.exists(f"{state}/run") is not IS_ROOT
+    # Made for the socket.
+    assert not os.path.exists(f"{state}/run")
     assert os.path.isdir(state)
     assert record.read() == []
 
@@ -525,17 +533,23 @@ def test_undo(host: HostPaths, state: str) -> None:
 def test_undo_keeps_the_record_of_what_it_could_not(host: HostPaths, state: str) -> None:
     record = Record(host.record("web", "virtiofsd"))
     record.append("unit", UNIT)
-    record.append("socket", f"{state}/a.sock")
+    os.mkdir(f"{state}/run", 0o755)
+    record.append("socket", f"{state}/run/a.sock")
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(f"{state}/a.sock")
+        listener.bind(f"{state}/run/a.sock")
 
     def refuse(units: Sequence[str]) -> None:
         raise MicrovmHostError("systemd does not answer")
 
     assert shares.undo(record, state, refuse) == ["systemd does not answer"]
     # It goes on past the failure.
-    assert not os.path.exists(f"{state}/a.sock")
+    assert os.listdir(f"{state}/run") == []
+    # But systemd, which listens still, will remove its socket by the path: nobody else is to say
+    # where that leads.
+    assert os.path.isdir(f"{state}/run")
     assert len(record.read()) == 2
+    assert shares.undo(record, state, lambda units: None) == []
+    assert os.listdir(state) == []
 
 
 def test_undo_touches_nothing_of_others(host: HostPaths, state: str) -> None:
@@ -563,3 +577,181 @@ def test_undo_touches_nothing_of_others(host: HostPaths, state: str) -> None:
     assert "is no line of this record" in problems[0]
     assert os.path.exists(foreign)
     assert len(record.read()) == len(lines)
+
+
+# ---- what the VM's user puts where root goes
+
+
+class Elsewhere:
+    """What the VM's user may not touch, with all names in it that root would look for."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory
+        for part in (directory, directory / "deep"):
+            part.mkdir()
+            for name in ("a.sock", "b.sock"):
+                with socket.socket(socket.AF_UNIX) as listener:
+                    listener.bind(str(part / name))
+                (part / f"{name}.pid").touch(0o644)
+        (directory / "empty").mkdir()
+        self._before = self._all()
+
+    def _all(self) -> list[tuple[str, int]]:
+        return sorted((str(path), path.stat().st_mode) for path in self.path.rglob("*"))
+
+    def is_as_it_was(self) -> bool:
+        return self._all() == self._before
+
+
+@pytest.fixture
+def elsewhere(root: Path) -> Elsewhere:
+    return Elsewhere(root / "elsewhere")
+
+
+def undone(record: Record, state: str) -> list[str]:
+    return shares.undo(record, state, lambda units: None)
+
+
+@pytest.mark.parametrize("has_script", [False, True])
+@pytest.mark.parametrize("inner", ["run", "run/deep"])
+@pytest.mark.usefixtures("virtiofsd")
+def test_a_link_that_comes_after_the_plan(
+    host: HostPaths,
+    package: Path,
+    root: Path,
+    state: str,
+    elsewhere: Elsewhere,
+    inner: str,
+    has_script: bool,
+) -> None:
+    """Set-up refuses it, and what is undone then does not go through it either."""
+    if has_script:
+        packages.program(package, "bin/virtiofsd-run")
+    both = [Share(tag, str(root), f"{inner}/{tag}.sock") for tag in ("a", "b")]
+    systemd = FakeSystemd()
+    steps = shares.plan("web", str(package), both, ALICE, host, systemd)
+    os.symlink(elsewhere.path, f"{state}/run")
+    record = Record(host.record("web", "virtiofsd"))
+    with pytest.raises(MicrovmHostError, match="not a directory of root's alone") as caught:
+        plan.carry_out(steps, record, lambda done: undone(done, state))
+    assert caught.value.path == f"{state}/run"
+    assert systemd.started == []
+    assert elsewhere.is_as_it_was()
+    assert os.listdir(state) == ["run"]
+    assert record.read() == []
+
+
+@pytest.mark.parametrize("verb", ["socket", "file"])
+@pytest.mark.parametrize("path", ["run/a.sock", "run/deep/a.sock", "run/empty/a.sock"])
+def test_undo_follows_no_link(
+    host: HostPaths, state: str, elsewhere: Elsewhere, verb: str, path: str
+) -> None:
+    record = Record(host.record("web", "virtiofsd"))
+    record.append(verb, f"{state}/{path}" + (".pid" if verb == "file" else ""))
+    os.symlink(elsewhere.path, f"{state}/run")
+    # Nothing of ours is behind it: what is root's would have stayed.
+    assert undone(record, state) == []
+    assert elsewhere.is_as_it_was()
+    assert record.read() == []
+
+
+def test_undo_goes_into_no_directory_of_others(host: HostPaths, state: str) -> None:
+    """They may have moved it there, and what they could not have removed in it with it."""
+    record = Record(host.record("web", "virtiofsd"))
+    os.mkdir(f"{state}/run")
+    os.chmod(f"{state}/run", 0o1777)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{state}/run/a.sock")
+    record.append("socket", f"{state}/run/a.sock")
+    assert undone(record, state) == []
+    assert os.listdir(f"{state}/run") == ["a.sock"]
+
+
+def test_undo_of_two_in_one_directory(
+    host: HostPaths, state: str, elsewhere: Elsewhere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """systemd has removed the sockets; the directory's name is taken as soon as it is free."""
+    record = Record(host.record("web", "virtiofsd"))
+    os.mkdir(f"{state}/run", 0o755)
+    for name in ("a.sock", "b.sock"):
+        record.append("socket", f"{state}/run/{name}")
+    rmdir = os.rmdir
+
+    def taken_at_once(*arguments: Any, **named: Any) -> None:
+        rmdir(*arguments, **named)
+        os.symlink(elsewhere.path, f"{state}/run")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", taken_at_once)
+        assert undone(record, state) == []
+    assert os.path.islink(f"{state}/run")
+    assert elsewhere.is_as_it_was()
+
+
+def test_undo_of_a_state_directory_that_is_none(
+    host: HostPaths, state: str, elsewhere: Elsewhere
+) -> None:
+    record = Record(host.record("web", "virtiofsd"))
+    for _ in range(2):
+        record.append("socket", f"{state}/a.sock")
+        assert undone(record, state) == []
+        assert record.read() == []
+        if os.path.isdir(state):
+            os.rmdir(state)
+    os.symlink(elsewhere.path, state)
+    record.append("socket", f"{state}/a.sock")
+    assert undone(record, state) == []
+    assert elsewhere.is_as_it_was()
+
+
+@pytest.mark.parametrize("is_hard", [False, True])
+@pytest.mark.usefixtures("state")
+def test_a_link_in_the_place_of_a_socket_that_is_to_be_given_away(
+    host: HostPaths,
+    package: Path,
+    root: Path,
+    state: str,
+    monkeypatch: pytest.MonkeyPatch,
+    is_hard: bool,
+) -> None:
+    """Root's virtiofsd makes its socket anew when somebody disconnected, after it was seen."""
+    packages.program(package, "bin/virtiofsd-run")
+    plain = [Share("a", str(root), "a.sock")]
+    (step,) = shares.plan("web", str(package), plain, ALICE, host, FakeSystemd())
+    secret = root / "secret"
+    secret.touch(0o644)
+
+    def seen(path: str) -> bool:
+        if is_hard:
+            os.link(secret, path)
+        else:
+            os.symlink(secret, path)
+        return True
+
+    monkeypatch.setattr(shares, "_is_roots_socket", seen)
+    with pytest.raises(MicrovmHostError, match="is to be a socket of root's"):
+        step.apply(Record(host.record("web", "virtiofsd")))
+    assert stat.S_IMODE(secret.stat().st_mode) == 0o644
+
+
+@pytest.mark.usefixtures("state")
+def test_a_second_name_of_another_socket_is_not_waited_for(
+    host: HostPaths, package: Path, root: Path, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shares, "OWN_SCRIPT_WITHIN", 0.1)
+    packages.program(package, "bin/virtiofsd-run")
+    plain = [Share("a", str(root), "a.sock")]
+    systemd = FakeSystemd()
+    (step,) = shares.plan("web", str(package), plain, ALICE, host, systemd)
+    systemd.bind(str(root / "other.sock"))
+    os.chmod(root / "other.sock", 0o755)
+    start = systemd.start_transient
+
+    def start_and_link(*arguments: Any) -> None:
+        start(*arguments)
+        os.link(root / "other.sock", f"{state}/a.sock")
+
+    monkeypatch.setattr(systemd, "start_transient", start_and_link)
+    with pytest.raises(MicrovmHostError, match="does not listen at"):
+        step.apply(Record(host.record("web", "virtiofsd")))
+    assert stat.S_IMODE(os.stat(root / "other.sock").st_mode) == 0o755
