@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -28,6 +29,18 @@ pytestmark = pytest.mark.container
 EVE = "microvm"
 # Root's, in a directory of root's.
 PROTECTED = "/etc/protected"
+# Root's too, with all that root would remove on behalf of a VM.
+DIRECTORY = "/etc/protected.d"
+SOCKETS = ("vm.sock", *(f"vm{number}.sock" for number in range(10)))
+_FILL = f"""
+import os, socket
+for directory in ("{DIRECTORY}", "{DIRECTORY}/deep"):
+    os.mkdir(directory)
+    for name in {SOCKETS}:
+        socket.socket(socket.AF_UNIX).bind(f"{{directory}}/{{name}}")
+        open(f"{{directory}}/{{name}}.pid", "x").close()
+os.mkdir("{DIRECTORY}/empty")
+"""
 
 
 class Arena:
@@ -37,6 +50,7 @@ class Arena:
         self.toolkit = toolkit
         self.vm = vm
         self.state = f"/var/lib/microvms/{vm}"
+        self.before = self.directory()
 
     def eve(self, line: str, *, check: bool = True) -> str:
         """Run a line of shell as the VM's user in the state directory; gives what it printed."""
@@ -80,19 +94,24 @@ class Arena:
         """Assert that what is root's is as it was made."""
         shown = self.toolkit.sh(f"stat -c '%u:%g %a %h' {PROTECTED}; cat {PROTECTED}")
         assert shown == "0:0 644 1\nroot's\n" or shown == "0:0 644 2\nroot's\n", shown
-        assert self.toolkit.sh("ls -A /etc/protected.d") == ""
+        assert self.directory() == self.before
+
+    def directory(self) -> str:
+        """What is in the directory of root's, and whose."""
+        return self.toolkit.sh(f"find {DIRECTORY} -printf '%P %y %U:%G %m %n %i\\n' | sort")
 
 
 @pytest.fixture
 def arena(toolkit: Toolkit, vm: str) -> Iterator[Arena]:
     toolkit.sh(
-        f'rm -rf {PROTECTED} /etc/protected.d; echo "root\'s" >{PROTECTED}; chmod 644 {PROTECTED}; '
-        "mkdir /etc/protected.d; mkdir -p /srv/data"
+        f'rm -rf {PROTECTED} {DIRECTORY}; echo "root\'s" >{PROTECTED}; chmod 644 {PROTECTED}; '
+        "mkdir -p /srv/data"
     )
+    toolkit.host.run(["python3", "-c", _FILL])
     arena = Arena(toolkit, vm)
     yield arena
     arena.unharmed()
-    toolkit.sh(f"rm -rf {PROTECTED} /etc/protected.d; systemctl reset-failed", check=False)
+    toolkit.sh(f"rm -rf {PROTECTED} {DIRECTORY}; systemctl reset-failed", check=False)
 
 
 def data(**fields: object) -> tuple[Share, ...]:
@@ -269,7 +288,7 @@ def test_racing_for_the_socket(arena: Arena) -> None:
             arena.toolkit.sh(f"systemctl stop microvm@{arena.vm}; systemctl reset-failed")
 
 
-@pytest.mark.parametrize("target", ["/etc/protected.d", "../../../../etc/protected.d"])
+@pytest.mark.parametrize("target", [DIRECTORY, f"../../../..{DIRECTORY}"])
 def test_a_link_in_the_place_of_a_sockets_directory(arena: Arena, target: str) -> None:
     arena.make(shares=data(socket="run/vm.sock"))
     arena.eve(f"ln -s {target} run")
@@ -283,12 +302,99 @@ def test_a_link_in_the_place_of_a_sockets_directory(arena: Arena, target: str) -
 def test_racing_for_a_sockets_directory(arena: Arena) -> None:
     """systemd makes missing directories, and follows links that are there."""
     arena.make(shares=data(socket="run/vm.sock"))
-    with arena.keeps("ln -s /etc/protected.d run; rm -f run; mkdir run; rmdir run"):
+    with arena.keeps(f"ln -s {DIRECTORY} run; rm -f run; mkdir run; rmdir run"):
         for _ in range(5):
             said = arena.start()
             assert not said or "/run: " in said or "run/vm.sock" in said, said
             arena.unharmed()
             arena.toolkit.sh(f"systemctl stop microvm@{arena.vm}; systemctl reset-failed")
+
+
+def several(*sockets: str) -> tuple[Share, ...]:
+    """A share for each socket, in the order in which they are set up."""
+    return tuple(
+        Share(tag=f"t{number}", source="/srv/data", socket=socket)
+        for number, socket in enumerate(sockets)
+    )
+
+
+def await_undone(arena: Arena) -> None:
+    """Wait until no share is set up, which is a moment after the VM has stopped."""
+    record = f"/run/microvm-host/{arena.vm}/virtiofsd"
+    eventually(
+        lambda: arena.toolkit.host.exists(record), lambda there: not there, 60, "shares are set up"
+    )
+
+
+@pytest.mark.parametrize("socket", ["run/vm.sock", "run/deep/vm.sock", "run/empty/vm.sock"])
+def test_a_link_that_comes_while_shares_are_set_up(arena: Arena, socket: str) -> None:
+    """Its record is written before its directory is refused, and is undone."""
+    arena.make(shares=several("first.sock", socket))
+    # Readable by all, and written when the first of them is set up: all were looked at by then.
+    wait = f"until [ -e /run/microvm-host/{arena.vm}/virtiofsd ]; do :; done"
+    deadline = time.monotonic() + 120
+    while True:
+        await_undone(arena)
+        line = f"cd {arena.state} && echo go && {wait} && ln -s {DIRECTORY} run"
+        process = arena.toolkit.host.spawn(["bash", "-c", line], user=EVE)
+        assert process.stdout is not None and process.stdout.readline() == "go\n"
+        said = arena.start()
+        process.communicate(timeout=60)
+        arena.unharmed()
+        arena.toolkit.sh(f"systemctl stop microvm@{arena.vm}; systemctl reset-failed")
+        arena.unharmed()
+        if "a socket is to lie in here" in said:
+            break
+        assert time.monotonic() < deadline, f"never in time; said last: {said}"
+        arena.eve("rm -f run")
+
+
+# What a helper that was killed leaves, taken back as the next stop would, so often that somebody
+# who takes the directory's name gets it in the midst of that.
+_TAKE_BACK = """
+import os, subprocess, sys
+vm, rounds, *sockets = sys.argv[1:]
+os.chdir(f"/var/lib/microvms/{vm}")
+for _ in range(int(rounds)):
+    while True:
+        try:
+            os.mkdir("run")
+            break
+        except FileExistsError:
+            os.unlink("run")
+    os.makedirs(f"/run/microvm-host/{vm}", exist_ok=True)
+    with open(f"/run/microvm-host/{vm}/virtiofsd", "x") as record:
+        record.writelines(f"socket\\t{os.getcwd()}/run/{socket}\\n" for socket in sockets)
+    subprocess.run(["/usr/local/lib/microvm-host/helper", "virtiofsd-down", vm], check=True)
+"""
+
+
+def test_a_link_that_comes_while_shares_are_taken_back(arena: Arena) -> None:
+    """systemd has removed all sockets then, so that their directory goes, and its name is free.
+
+    What is looked for by a path after that is looked for behind the link.
+    """
+    arena.make(shares=several(*(f"run/{socket}" for socket in SOCKETS)))
+    assert not arena.start()
+    code = (
+        "import os\nprint('go', flush=True)\nwhile True:\n"
+        f" try: os.symlink('{DIRECTORY}', 'run')\n except OSError: pass\n"
+    )
+    line = f'cd {arena.state} && exec python3 -c "{code}"'
+    process = arena.toolkit.host.spawn(["bash", "-c", line], user=EVE)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "go\n"
+        arena.stop()
+        await_undone(arena)
+        arena.unharmed()
+        argv = ["python3", "-c", _TAKE_BACK, arena.vm, "25", *SOCKETS]
+        arena.toolkit.host.run(argv, timeout=300)
+        assert process.poll() is None, "the attacker gave up"
+        arena.eve(f'until [ "$(readlink run)" = {DIRECTORY} ]; do sleep 0.1; done')
+    finally:
+        process.kill()
+        process.communicate()
+    arena.unharmed()
 
 
 # ---- what root exports
@@ -546,7 +652,7 @@ def test_handing_over_what_is_somebody_elses(arena: Arena) -> None:
     arena.toolkit.sh(f"echo disk >{victim}; chown {EVE}:{EVE} {victim}; chmod 600 {victim}")
     arena.make()
     arena.eve(
-        f"ln -s {PROTECTED} a; ln {PROTECTED} b; ln {victim} c; ln -s /etc/protected.d d; "
+        f"ln -s {PROTECTED} a; ln {PROTECTED} b; ln {victim} c; ln -s {DIRECTORY} d; "
         "mkdir e; echo mine >disk.img; mkfifo f"
     )
     before = arena.toolkit.sh(f"stat -c '%u %a' {PROTECTED} {victim}")
