@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,6 +80,13 @@ def claim(work: Path) -> IO[str]:
         owner = try_lock(work / "owner")
         assert owner is not None, f"{work} was new"
         return owner
+
+
+def release(work: Path, owner: IO[str]) -> None:
+    """Remove a host's directory and let its lock go, in the sight of others both at once."""
+    with locked(hosts() / "lock", waiting="waiting for another process that clears up"):
+        owner.close()
+        shutil.rmtree(work)
 
 
 def abandoned() -> Iterator[Path]:

@@ -247,9 +247,8 @@ class ContainerHost(CommandHost):
         self._nspawn = None
         self._leader = 0
         leftovers.discard(self._work, self._cgroups, self._network)
-        self._owner.close()
+        cache.release(self._work, self._owner)
         self._owner = None
-        shutil.rmtree(self._work)
 
     # -- commands ---------------------------------------------------------------------------
 

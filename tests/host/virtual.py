@@ -399,9 +399,8 @@ class VirtualHost(CommandHost):
         if self._qemu is not None and leftovers.session_members(self._qemu.pid):
             raise HostError(f"processes of {self.name} are left")
         self._qemu = None
-        self._owner.close()
+        cache.release(self._work, self._owner)
         self._owner = None
-        shutil.rmtree(self._work)
 
     # -- commands ---------------------------------------------------------------------------
 
