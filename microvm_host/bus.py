@@ -34,6 +34,8 @@ _NUMBERS = {
     **{"y": (1, False), "b": (4, False), "n": (2, True), "q": (2, False), "i": (4, True)},
     **{"u": (4, False), "x": (8, True), "t": (8, False)},
 }
+# systemd's own object.
+MANAGER = "/org/freedesktop/systemd1"
 _GONE = ("org.freedesktop.DBus.Error.UnknownObject", "org.freedesktop.systemd1.NoSuchUnit")
 
 
@@ -54,7 +56,7 @@ def unit(name: str) -> str:
         char if char.isascii() and char.isalnum() and (at or not char.isdigit()) else _escaped(char)
         for at, char in enumerate(name)
     )
-    return f"/org/freedesktop/systemd1/unit/{label or '_'}"
+    return f"{MANAGER}/unit/{label or '_'}"
 
 
 def _escaped(char: str) -> str:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Watches over a stop that a hostile hypervisor could hold up for ever.
 
-It trusts nothing but what systemd says of the unit's state: the main process is what the unit's
-own processes made systemd believe.
+It trusts nothing but what systemd says of the unit's state and its job: the main process is what
+the unit's own processes made systemd believe.
 """
 
 from __future__ import annotations
@@ -11,96 +11,114 @@ import os
 import select
 import time
 
-from . import log, names, process, service
+from . import log, process, service
+from .errors import MicrovmHostError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    # ActiveState, whether the unit has a job, and its main process, 0 for none.
+    # ActiveState, whether the unit is to stop or does, and its main process, 0 for none.
     Seen = tuple[str, bool, int]
 
-# The job of the unit may have to wait for a moment.
+# A stop begins in a moment, unless it waits for units that stop before: `order` of declarations.
 BEGINS_WITHIN = 5.0  # seconds
 # No stop that takes less is too long, so that most need not ask how long that would be.
 NEVER_TOO_SOON = 5.0  # seconds
 LOOK_EVERY = 1.0  # seconds
+# systemd does not answer while it reloads or executes itself anew.
+SILENT_AT_MOST = 60.0  # seconds
 # Without a main process, what is left takes a moment, and the rest of the stop waits for us.
 LOOK_AT_LAST_EVERY = 0.01  # seconds
 
 
-def look(vm: str) -> Seen:
-    """What systemd says of the unit of a VM now; raises MicrovmHostError."""
-    state, (job, _), main = service.properties(
-        vm, ("Unit", "ActiveState"), ("Unit", "Job"), ("Service", "MainPID")
-    )
-    return state, bool(job), main
+def look(unit: str) -> Seen:
+    """What systemd says of a unit now; raises MicrovmHostError."""
+    state, main = service.unit_properties(unit, ("Unit", "ActiveState"), ("Service", "MainPID"))
+    if state in ("deactivating", "inactive", "failed"):
+        return state, state == "deactivating", main
+    job = service.unit_job(unit)
+    # Half of a restart is a stop; the other half is a start to systemd as well.
+    return state, job is not None and job[0] in ("stop", "restart", "try-restart"), main
 
 
 def patience(
-    environment: Sequence[str],
+    assignments: Sequence[str],
     defaults: Mapping[str, float],
     seconds: Callable[[str], float | None],
 ) -> float:
-    """How many seconds a stop may take, by the unit's Environment=.
+    """How many seconds a stop may take.
 
     Args:
-        environment: assignments.
+        assignments: all that may stand in the environment of what asks the guest. Which of them
+            does is systemd's to know: the longest time counts.
         defaults: the variables of the times that a stop consists of, with what each is unset.
         seconds: reads one; None if it is no time that the stop itself would take.
     """
-    found = dict(defaults)
-    for assignment in environment:
+    found: dict[str, list[float]] = {key: [] for key in defaults}
+    for assignment in assignments:
         key, _, value = assignment.partition("=")
         if key in found:
             time_given = seconds(value)
-            found[key] = defaults[key] if time_given is None else time_given
-    return sum(found.values())
+            found[key].append(defaults[key] if time_given is None else time_given)
+    return sum(max(times, default=defaults[key]) for key, times in found.items())
 
 
-def watch(vm: str, within: Callable[[], float], look: Callable[[], Seen]) -> None:
-    """Wait until the unit of a VM has stopped, and kill all that is in it if that takes too long.
+def watch(unit: str, vm: str, within: Callable[[], float], look: Callable[[], Seen]) -> bool:
+    """Wait until a unit has stopped, and kill all that is in it if that takes too long.
 
     Args:
-        within: how long that is, in seconds; asked when it has taken a while.
+        vm: whose it is.
+        within: how long that is from when it began, in seconds; asked when it has taken a while.
         look: gives what systemd says of the unit.
 
+    Returns:
+        Whether it was seen to stop.
+
     Raises:
-        MicrovmHostError: systemd does not answer.
+        MicrovmHostError: systemd has not answered for long.
     """
-    unit = names.unit(vm)
-    began = time.monotonic()
+    came = heard = time.monotonic()
+    began: float | None = None
     patience: float | None = None
-    is_stopping = False
     while True:
-        state, has_job, main = look()
-        elapsed = time.monotonic() - began
-        if state == "deactivating":
-            is_stopping = True
-            if patience is None and elapsed > NEVER_TOO_SOON:
-                patience = within()
-            if patience is not None and elapsed > patience:
-                # Again and again: it may have made new processes.
-                log.error(
-                    f"{unit} is there {elapsed:.0f} s after it was told to stop: killing all of it",
-                    vm=vm,
-                )
-                process.output(["systemctl", "kill", "--signal=KILL", "--", unit])
-        elif (
-            is_stopping or state in ("inactive", "failed") or not has_job or elapsed > BEGINS_WITHIN
-        ):
-            # It has stopped, or is about to start again, or ended by itself.
-            return
-        _wait(main)
+        try:
+            state, is_to_stop, main = look()
+            now = time.monotonic()
+            if state == "deactivating":
+                began = now if began is None else began
+                if patience is None and now - began > NEVER_TOO_SOON:
+                    patience = within()
+                if patience is not None and now - began > patience:
+                    # Again and again: it may have made new processes. But not at once: what is run
+                    # by ExecStopPost= is in there as well.
+                    patience = now - began + LOOK_EVERY
+                    log.error(
+                        f"{unit} is there {now - began:.0f} s after it began to stop: killing all "
+                        "of it",
+                        vm=vm,
+                    )
+                    process.output(["systemctl", "kill", "--signal=KILL", "--", unit])
+            elif began is not None or not is_to_stop:
+                # It has stopped, or is about to start again, or ended by itself.
+                return began is not None
+        except MicrovmHostError:
+            if time.monotonic() - heard > SILENT_AT_MOST:
+                raise
+            time.sleep(LOOK_EVERY)
+            continue
+        heard = now
+        is_soon = began is not None or now - came < BEGINS_WITHIN
+        _wait(main, LOOK_AT_LAST_EVERY if is_soon else LOOK_EVERY)
 
 
-def _wait(pid: int) -> None:
-    """Wait for a process to end, or for a while."""
+def _wait(pid: int, otherwise: float) -> None:
+    """Wait for a process to end, or for a while; without one, for `otherwise` seconds."""
     try:
         main = os.pidfd_open(pid)
     except (OSError, ValueError, OverflowError):
         # Gone already.
-        time.sleep(LOOK_AT_LAST_EVERY)
+        time.sleep(otherwise)
         return
     try:
         poll = select.poll()

@@ -269,6 +269,11 @@ def set_up_units(name: str) -> list[str]:
     return [f"{unit}@{name}.service" for unit in SET_UP_UNITS]
 
 
+def guard_unit(name: str) -> str:
+    """The unit that sees to it that the stop of a VM ends."""
+    return f"microvm-guard@{name}.service"
+
+
 def foreground_unit(name: str) -> str:
     """The transient unit of `microvm run`."""
     return f"microvm-foreground-{escape(name)}.service"

@@ -21,7 +21,12 @@ _INFINITY = 2**64 - 1
 
 def properties(name: str, *wanted: bus.Property) -> list[Any]:
     """Properties of the service of a VM, as bus.properties gives them; raises MicrovmHostError."""
-    return bus.properties(_private_socket(), bus.unit(names.unit(name)), *wanted)
+    return unit_properties(names.unit(name), *wanted)
+
+
+def unit_properties(unit: str, *wanted: bus.Property) -> list[Any]:
+    """Properties of a unit, which need not be the VM's service but the one in the foreground."""
+    return bus.properties(_private_socket(), bus.unit(unit), *wanted)
 
 
 def identity(name: str) -> Identity:
@@ -79,17 +84,46 @@ def pending_job(name: str) -> tuple[str, str] | None:
     Raises:
         MicrovmHostError: systemd does not answer.
     """
-    ((number, job),) = properties(name, ("Unit", "Job"))
-    if not number:
-        return None
-    try:
-        kind, state = bus.properties(_private_socket(), job, ("Job", "JobType"), ("Job", "State"))
-    except bus.Refused as error:
-        if error.is_gone:
-            # It has come to its end meanwhile.
+    return unit_job(names.unit(name))
+
+
+def unit_job(unit: str) -> tuple[str, str] | None:
+    """The same of any unit."""
+    # One that comes to its end between the questions may have made room for another.
+    for _ in range(2):
+        ((number, job),) = unit_properties(unit, ("Unit", "Job"))
+        if not number:
             return None
-        raise
-    return kind, state
+        try:
+            kind, state = bus.properties(
+                _private_socket(), job, ("Job", "JobType"), ("Job", "State")
+            )
+        except bus.Refused as error:
+            if not error.is_gone:
+                raise
+        else:
+            return kind, state
+    return None
+
+
+def environment(unit: str) -> tuple[list[str], list[str], list[str]]:
+    """What systemd makes the environment of a service's processes of.
+
+    Returns:
+        Assignments, of systemd's own environment and of Environment=; files of such, which may be
+        globs; and names, or whole assignments, that are left out of it all.
+
+    Raises:
+        MicrovmHostError: systemd does not answer.
+    """
+    (own,) = bus.properties(_private_socket(), bus.MANAGER, ("Manager", "Environment"))
+    given, files, unset = unit_properties(
+        unit,
+        ("Service", "Environment"),
+        ("Service", "EnvironmentFiles"),
+        ("Service", "UnsetEnvironment"),
+    )
+    return [*own, *given], [path for path, _ in files], unset
 
 
 def _private_socket() -> str:

@@ -44,6 +44,8 @@ CONFINEMENT = (
     "ProtectClock=yes",
     "ProtectHostname=yes",
 )
+# What it ends before when the host shuts down; the same test.
+AFTER = ("network.target", "remote-fs.target")
 _DOING = {"start": "starting", "stop": "stopping", "restart": "restarting"}
 _GONE_WITHIN = 30.0  # seconds
 
@@ -148,8 +150,10 @@ class _Progress:
 def run_in_foreground(vm: str, host: HostPaths) -> NoReturn:
     """Become `systemd-run`, which runs the hypervisor on this terminal.
 
-    The units that set up what the VM needs are wanted by this transient one in place of
-    microvm@NAME, and stop with it.
+    The units that set up what the VM needs are required by this transient one in place of
+    microvm@NAME, and stop with it. The guard's work begins with a stop of microvm@NAME, which
+    `microvm stop` asks for as well, or with the host's shutdown. It is not bound to this unit:
+    starting microvm@NAME, which wants the guard and ends this, would contradict itself.
 
     Raises:
         MicrovmHostError: the VM runs already.
@@ -172,7 +176,8 @@ def run_in_foreground(vm: str, host: HostPaths) -> NoReturn:
     properties = {
         "Description": f"MicroVM {vm} in the foreground",
         "Requires": " ".join(set_up),
-        "After": " ".join(set_up),
+        "Wants": names.guard_unit(vm),
+        "After": " ".join([*set_up, *AFTER]),
         "Conflicts": names.unit(vm),
         "Type": "exec",
         # What stops it extends its time as long as it waits for the guest.

@@ -19,7 +19,7 @@ GUARD_WAITS = 30.0  # seconds
 
 def guard(name: str, host: HostPaths) -> None:
     """See to it that a stop of the VM ends, whatever the hypervisor does to those who ask it."""
-    from .. import guard, hypervisor, service
+    from .. import guard, hypervisor, names
 
     times = hypervisor.Times()
     defaults = {
@@ -27,11 +27,30 @@ def guard(name: str, host: HostPaths) -> None:
         "MICROVM_TERMINATE_SECONDS": times.terminate,
     }
 
-    def within() -> float:
-        (environment,) = service.properties(name, ("Service", "Environment"))
-        return guard.patience(environment, defaults, settings.as_seconds) + GUARD_WAITS
+    def is_seen_to_stop(unit: str) -> bool:
+        def within() -> float:
+            given = _may_be_in_environment(unit, name, host)
+            return guard.patience(given, defaults, settings.as_seconds) + GUARD_WAITS
 
-    guard.watch(name, within, lambda: guard.look(name))
+        return guard.watch(unit, name, within, lambda: guard.look(unit))
+
+    # Nobody runs both.
+    if not is_seen_to_stop(names.unit(name)):
+        is_seen_to_stop(names.foreground_unit(name))
+
+
+def _may_be_in_environment(unit: str, name: str, host: HostPaths) -> list[str]:
+    """The assignments that whoever asks the guest may go by. Most stops end without this."""
+    from .. import environment, log, trust
+    from ..errors import MicrovmHostError
+
+    by = None
+    try:
+        by = trust.suspect(booted.identity(name, host))
+    except MicrovmHostError as error:
+        # Not a reason to leave.
+        log.warning(str(error), vm=name)
+    return environment.assignments(unit, name, by, host)
 
 
 def ended(name: str, host: HostPaths) -> int:

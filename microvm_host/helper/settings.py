@@ -25,6 +25,9 @@ def seconds(variable: str, default: float) -> float:
 
 def as_seconds(text: str) -> float | None:
     """A time in seconds; None if it is none that anybody could wait for."""
+    if text.split() != [text]:
+        # float() bears with white space, and the guard reads files line by line.
+        return None
     try:
         seconds = float(text)
     except ValueError:

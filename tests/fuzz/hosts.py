@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from microvm_host import (
     aftermath,
     bus,
+    environment,
     guard,
     machined,
     names,
@@ -128,6 +129,8 @@ def _guard(text: str) -> None:
         for variable, default in TIMES.items():
             patience = guard.patience(line.split(), {variable: default}, settings.as_seconds)
             promise(0 < patience <= settings.SECONDS_MAX, f"waits for {patience} s")
+    patience = guard.patience([*environment._of_file(text)], TIMES, settings.as_seconds)
+    promise(0 < patience <= 2 * settings.SECONDS_MAX, f"waits for {patience} s")
     rounds = 0
     clock = SimpleNamespace(now=0.0)
     states = text.split()
@@ -139,12 +142,12 @@ def _guard(text: str) -> None:
             return "inactive", False, 0
         return states.pop(), len(text) % 2 == 0, len(text)
 
-    def wait(_pid: int) -> None:
+    def wait(_pid: int, _otherwise: float) -> None:
         clock.now += 1.0
 
     fake = SimpleNamespace(monotonic=lambda: clock.now)
     with replaced((guard, "time", fake), (guard, "_wait", wait)):
-        guard.watch(VM, lambda: 2.0, look)
+        guard.watch(UNIT, VM, lambda: 2.0, look)
     promise(rounds <= 5, "watches for ever")
 
 

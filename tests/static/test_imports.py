@@ -40,6 +40,7 @@ LAYERS: tuple[set[str], ...] = (
     },
     {"attach", "declaration", "hostuse", "nodes", "pciids"},
     {"build", "guests", "plan", "service", "store", "systemd"},
+    {"environment"},
     # What changes the host; these do not know of each other.
     {
         "links",

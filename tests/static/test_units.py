@@ -188,7 +188,7 @@ def test_vm() -> None:
 
 
 def test_a_vm_in_the_foreground_is_confined_like_a_service() -> None:
-    from microvm_host.cli.jobs import CONFINEMENT
+    from microvm_host.cli.jobs import AFTER, CONFINEMENT
 
     keys = {setting.partition("=")[0] for setting in CONFINEMENT}
     unit = [
@@ -197,6 +197,10 @@ def test_a_vm_in_the_foreground_is_confined_like_a_service() -> None:
     others = ("Limit", "Timeout", "Restart=", "RestartSec", "RestartPrevent", "KillMode")
     assert [line for line in unit if not line.startswith(others)] == list(CONFINEMENT)
     assert "UMask" in keys and "DeviceAllow" in keys
+    set_up = {name.removesuffix(".in").replace("@.", "@%i.") for name in SET_UP}
+    assert [unit for unit in values("microvm@.service.in", "After") if unit not in set_up] == [
+        *AFTER
+    ]
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not installed")

@@ -154,6 +154,10 @@ def test_a_vm_in_the_foreground_is_known_and_stopped_in_order(toolkit: Toolkit, 
             lambda: line(toolkit, vm), lambda shown: "booted" not in shown, 60, "does not run"
         )
         assert toolkit.host.exists(f"/sys/class/net/{vm}a")
+        unit = f"microvm-foreground-{vm}.service"
+        after = toolkit.property(unit, "After").split()
+        assert {"network.target", "remote-fs.target"} < {*after}
+        assert toolkit.property(f"microvm-guard@{vm}", "ActiveState") == "active"
         toolkit.host.run(["microvm", "stop", vm])
         shown, _ = running.communicate(timeout=60)
     finally:

@@ -23,6 +23,7 @@ import pytest
 from tests.guest.package import Share, Stub, Tap
 
 from .toolkit import Toolkit, eventually
+from .vms import declare, hasty_guard
 
 pytestmark = pytest.mark.container
 
@@ -509,7 +510,8 @@ NOTIFY = """
 import os, socket, signal, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 print("hears nothing", flush=True)
-address = os.environ["NOTIFY_SOCKET"].replace("@", "\\0")
+# The environment does not tell, but everybody knows.
+address = "/run/systemd/notify"
 s = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
 while True:
     for message in MESSAGES:
@@ -539,6 +541,7 @@ def test_telling_systemd_of_another_main_process(arena: Arena) -> None:
         arena.make(run=talker("MAINPID=1", f"MAINPID={pid}", "MAINPID=0"))
         assert not arena.start()
         main = arena.toolkit.property(f"microvm@{arena.vm}", "MainPID")
+        arena.toolkit.await_line(arena.vm, "hears nothing")
         arena.toolkit.sh("sleep 0.5")
         assert arena.toolkit.property(f"microvm@{arena.vm}", "MainPID") == main
         assert arena.toolkit.property(f"microvm@{arena.vm}", "NFileDescriptorStore") == "0"
@@ -553,18 +556,22 @@ def test_telling_systemd_of_another_main_process(arena: Arena) -> None:
 @pytest.fixture
 def impatient(arena: Arena) -> Iterator[None]:
     """All patience of a stop in seconds, not minutes."""
-    file = "/usr/local/lib/microvm-host/microvm_host/helper/ending.py"
-    arena.toolkit.sh(
-        f"cp {file} /tmp/ending.py; sed -i 's/^GUARD_WAITS = .*/GUARD_WAITS = 3.0/' {file}"
+    with hasty_guard(arena.toolkit, 3):
+        arena.toolkit.host.write(
+            f"/etc/systemd/system/microvm@{arena.vm}.service.d/quick.conf",
+            "[Service]\nEnvironment=MICROVM_SHUTDOWN_SECONDS=1 MICROVM_TERMINATE_SECONDS=1\n"
+            "TimeoutStopSec=2\nRestart=no\n",
+        )
+        arena.toolkit.systemctl("daemon-reload")
+        yield
+
+
+def holds_up(vm: str) -> str:
+    """Shell that halts who asks the guest, and has systemd wait for that for ever."""
+    return (
+        f"while :; do for p in $(pgrep -u $(id -u) -f 'helper stop {vm}$'); do kill -STOP $p; "
+        f"done; sleep 0.05; done & {talker('EXTEND_TIMEOUT_USEC=600000000')}"
     )
-    arena.toolkit.host.write(
-        f"/etc/systemd/system/microvm@{arena.vm}.service.d/quick.conf",
-        "[Service]\nEnvironment=MICROVM_SHUTDOWN_SECONDS=1\nTimeoutStopSec=2\nRestart=no\n",
-    )
-    arena.toolkit.systemctl("daemon-reload")
-    yield
-    # In one step: the last helper of the stop may just be reading it.
-    arena.toolkit.sh(f"mv /tmp/ending.py {file}")
 
 
 @pytest.mark.usefixtures("impatient")
@@ -572,8 +579,55 @@ def test_talking_systemd_out_of_a_stop(arena: Arena) -> None:
     arena.make(run=talker("EXTEND_TIMEOUT_USEC=600000000", "RELOADING=1", "WATCHDOG=1"))
     assert not arena.start()
     arena.toolkit.await_line(arena.vm, "hears nothing")
-    arena.toolkit.systemctl("stop", f"microvm@{arena.vm}", check=False, timeout=90)
+    arena.toolkit.systemctl("stop", f"microvm@{arena.vm}", check=False)
     assert arena.toolkit.property(f"microvm@{arena.vm}", "ActiveState") == "failed"
+
+
+def guard_said(arena: Arena, unit: str) -> bool:
+    lines = arena.toolkit.journal(arena.vm)
+    return any(line.startswith(f"{unit}.service is there ") for line in lines)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_holding_up_a_stop_that_others_come_before(arena: Arena) -> None:
+    """Its guard is there, however long the others take."""
+    first = f"{arena.vm}f"
+    units = (f"microvm@{first}", f"microvm@{arena.vm}")
+    try:
+        declare(arena.toolkit, Stub(name=first, shutdown_delay=3), order=2)
+        declare(
+            arena.toolkit, Stub(name=arena.vm, run=holds_up(arena.vm), shutdown="hang"), order=1
+        )
+        arena.toolkit.systemctl("start", *units)
+        arena.toolkit.await_line(arena.vm, "hears nothing")
+        arena.toolkit.systemctl("stop", *units, check=False)
+        assert arena.toolkit.property(units[0], "Result") == "success"
+        assert arena.toolkit.property(units[1], "ActiveState") == "failed"
+        assert guard_said(arena, units[1])
+        # The one was down before the other began to go.
+        down, up = (
+            int(arena.toolkit.property(unit, f"{moment}TimestampMonotonic"))
+            for unit, moment in zip(units, ("InactiveEnter", "ActiveExit"), strict=True)
+        )
+        assert 0 < down <= up
+    finally:
+        arena.toolkit.remove(first)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_holding_up_a_stop_in_the_foreground(arena: Arena) -> None:
+    arena.make(run=holds_up(arena.vm), shutdown="hang")
+    running = arena.toolkit.host.spawn(["microvm", "run", arena.vm])
+    try:
+        assert running.stdout is not None
+        while (line := running.stdout.readline()) != "hears nothing\n":
+            assert line, "it does not come up"
+        arena.toolkit.host.run(["microvm", "stop", arena.vm])
+        assert guard_said(arena, f"microvm-foreground-{arena.vm}")
+        assert running.wait(60)
+    finally:
+        running.kill()
+        running.communicate()
 
 
 @pytest.mark.usefixtures("impatient")

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tests.guest.image import Image
@@ -54,6 +56,23 @@ def ours(lines: list[str]) -> list[str]:
     rungs = ("asked the guest", "sending SIG", "was not shut down", "asked once", "at last by")
     found = [line for line in lines if any(rung in line for rung in rungs)]
     return [line.partition(" s: ")[2] if line.startswith("at ") else line for line in found]
+
+
+@contextmanager
+def hasty_guard(toolkit: Toolkit, waits: float) -> Iterator[None]:
+    """Have the guard kill so many seconds after what it grants, and look out for that at once."""
+    code = "/usr/local/lib/microvm-host/microvm_host"
+    toolkit.sh(
+        f"cp {code}/guard.py {code}/helper/ending.py /tmp; "
+        f"sed -i 's/^GUARD_WAITS = .*/GUARD_WAITS = {waits}/' {code}/helper/ending.py; "
+        "sed -i 's/^\\(NEVER_TOO_SOON\\|BEGINS_WITHIN\\) = .*/\\1 = 1.0/' "
+        f"{code}/guard.py; grep -c ' = 1.0$' {code}/guard.py | grep -qx 2"
+    )
+    try:
+        yield
+    finally:
+        # Each in one step: the last helper of the stop may just be reading it.
+        toolkit.sh(f"mv /tmp/guard.py {code}/guard.py; mv /tmp/ending.py {code}/helper/ending.py")
 
 
 def no_helper_stays(toolkit: Toolkit) -> None:

@@ -12,7 +12,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from microvm_host import hypervisor, links, pci, service, shares, state, systemd, trust
+from microvm_host import guard, hypervisor, links, pci, service, shares, state, systemd, trust
 from microvm_host.errors import MicrovmHostError
 from microvm_host.helper import entry, running, settings, setup
 from microvm_host.identity import Identity
@@ -20,6 +20,7 @@ from microvm_host.paths import HostPaths
 from microvm_host.record import Record
 
 from . import packages
+from .fake_systemd import FakeSystemd
 from .sysfs_trees import Kernel, Sysfs
 
 
@@ -249,7 +250,7 @@ def test_stop_of_what_has_ended(
     assert "MICROVM_SHUTDOWN_SECONDS='soon' is no time in seconds: 90 it is" in err
 
 
-@pytest.mark.parametrize("text", ["soon", "nan", "inf", "-1", "0", "1e9", "0x9"])
+@pytest.mark.parametrize("text", ["soon", "nan", "inf", "-1", "0", "1e9", "0x9", "9\n", " 9"])
 def test_times_that_are_none(
     text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -351,6 +352,91 @@ def test_how_it_is_stopped_is_damaged(
     assert run("stop", "web") == 0
     assert asked == [[]]
     assert "is no line of this record" in capsys.readouterr().err
+
+
+class Guard:
+    """What the guard's verb watches, and how long it would."""
+
+    def __init__(self, host: HostPaths, patch: pytest.MonkeyPatch, *stopping: str) -> None:
+        self.watched: list[str] = []
+        self.patience: list[float] = []
+        self.stopping = stopping
+        self.systemd = FakeSystemd(Path(host.systemd_private_socket))
+        self.systemd.properties |= {
+            ("Manager", "Environment"): ("as", ["PATH=/bin"]),
+            ("Service", "Environment"): ("as", ["MICROVM_SHUTDOWN_SECONDS=50"]),
+            ("Service", "EnvironmentFiles"): ("a(sb)", []),
+            ("Service", "UnsetEnvironment"): ("as", []),
+        }
+        patch.setattr(guard, "watch", self.watch)
+
+    def watch(self, unit: str, vm: str, within: Callable[[], float], _look: object) -> bool:
+        self.watched.append(unit)
+        self.patience.append(within())
+        return unit in self.stopping
+
+    def run(self) -> None:
+        assert run("guard", "web") == 0
+        self.systemd.close()
+
+
+SERVICE, FOREGROUND = "microvm@web.service", "microvm-foreground-web.service"
+
+
+@pytest.mark.parametrize(
+    ("stopping", "watched"),
+    [
+        ([SERVICE], [SERVICE]),
+        ([FOREGROUND], [SERVICE, FOREGROUND]),
+        ([], [SERVICE, FOREGROUND]),
+    ],
+)
+def test_what_the_guard_watches(
+    host: HostPaths, monkeypatch: pytest.MonkeyPatch, stopping: list[str], watched: list[str]
+) -> None:
+    guarding = Guard(host, monkeypatch, *stopping)
+    guarding.run()
+    assert guarding.watched == watched
+    assert guarding.patience == [50 + 10 + 30] * len(watched)
+
+
+@pytest.mark.parametrize("is_theirs", [False, True])
+def test_the_guard_is_as_patient_as_who_asks_the_guest(
+    host: HostPaths,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    *,
+    is_theirs: bool,
+) -> None:
+    """That one has its times from wherever systemd takes an environment; the VM has no say."""
+    guarding = Guard(host, monkeypatch, SERVICE)
+    Record(host.record("web", "booted")).append("user", "eve", "12345", "eve", "12345")
+    path = packages.put(Path(host.root), "etc/default/web", "MICROVM_SHUTDOWN_SECONDS='600'\n")
+    asked: list[int] = []
+
+    def changeable(path: str, by: trust.Suspect) -> str | None:
+        asked.append(by.uid)
+        return path if is_theirs else None
+
+    monkeypatch.setattr(trust, "changeable", changeable)
+    guarding.systemd.properties |= {
+        ("Manager", "Environment"): ("as", ["MICROVM_TERMINATE_SECONDS=20"]),
+        ("Service", "EnvironmentFiles"): ("a(sb)", [("/etc/default/web", 1)]),
+    }
+    guarding.run()
+    assert guarding.patience == [(50 if is_theirs else 600) + 20 + 30]
+    assert asked == [12345]
+    assert (f"the VM's user could change {path}" in capsys.readouterr().err) == is_theirs
+
+
+def test_the_guard_stays_where_its_record_is_gone(
+    host: HostPaths, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guarding = Guard(host, monkeypatch, SERVICE)
+    guarding.systemd.properties["Service", "EnvironmentFiles"] = ("a(sb)", [("/etc/default/x", 0)])
+    guarding.run()
+    assert guarding.patience == [90]
+    assert "microvm-set-booted@web has not run" in capsys.readouterr().err
 
 
 def test_install_of_a_declared_vm(host: HostPaths, web: Path) -> None:
