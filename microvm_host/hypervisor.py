@@ -139,7 +139,12 @@ def stop(main_pid: int, ways: Sequence[Way], times: Times) -> None:
                 "hypervisor by SIGTERM"
             )
             if _signalled(main, SIGTERM, times.terminate):
-                log.info(f"the hypervisor ended by SIGTERM in {clock.seconds:.1f} s")
+                told = (
+                    f"the hypervisor ended by SIGTERM in {clock.seconds:.1f} s, the guest could "
+                    "not be asked"
+                )
+                log.info(told)
+                log.status(told)
                 return
             reason = f"the hypervisor does not end within {times.terminate:g} s"
         else:

@@ -17,7 +17,7 @@ from tests.host.fixtures import require_container
 
 from .rounds import rounds
 from .toolkit import Toolkit, eventually
-from .vms import control, declare, guest, ours, start, stop
+from .vms import control, declare, guest, hasty_guard, ours, start, stop
 
 pytestmark = pytest.mark.container
 
@@ -112,6 +112,19 @@ def test_a_deaf_hypervisor_is_killed_and_the_result_says_so(toolkit: Toolkit, vm
     assert (result, 2 <= seconds < 11) == ("signal", True), seconds
 
 
+def test_a_guest_that_cannot_be_asked_is_no_failure_and_told_of(toolkit: Toolkit, vm: str) -> None:
+    toolkit.create(Stub(name=vm, shutdown="none"))
+    # What nothing wants, systemd forgets when it is down.
+    toolkit.systemctl("enable", f"microvm@{vm}")
+    start(toolkit, vm, ready=False)
+    lines, result, _ = stop(toolkit, vm)
+    assert result == "success"
+    assert any("the guest could not be asked" in line for line in lines)
+    status = toolkit.property(f"microvm@{vm}", "StatusText")
+    assert status.startswith("the hypervisor ended by SIGTERM in ")
+    assert status.endswith(" s, the guest could not be asked")
+
+
 @pytest.mark.core
 def test_a_helper_that_waits_outlives_the_units_own_timeout(toolkit: Toolkit, vm: str) -> None:
     """A guest that takes longer than TimeoutStopSec= is not killed for it."""
@@ -124,6 +137,41 @@ def test_a_helper_that_waits_outlives_the_units_own_timeout(toolkit: Toolkit, vm
     lines, result, seconds = stop(toolkit, vm)
     assert any("asked once, by its package's script" in line for line in lines)
     assert (result, 5 <= seconds < 40) == ("success", True), seconds
+
+
+@pytest.mark.core
+def test_the_guard_is_as_patient_as_the_helper_wherever_its_times_stand(
+    toolkit: Toolkit, vm: str
+) -> None:
+    stub = Stub(name=vm, shutdown_delay=4)
+    declare(toolkit, stub, shutdown_timeout=0.2, terminate_timeout=0.2)
+    drop_in = f"/etc/systemd/system/microvm@{vm}.service.d/more.conf"
+    toolkit.host.write(drop_in, f"[Service]\nEnvironmentFile=/etc/default/{vm}\n")
+    toolkit.host.write(f"/etc/default/{vm}", "MICROVM_SHUTDOWN_SECONDS='60'\n")
+    toolkit.systemctl("set-environment", "MICROVM_ASK_AGAIN_SECONDS=9")
+    try:
+        toolkit.systemctl("daemon-reload")
+        with hasty_guard(toolkit, 1):
+            start(toolkit, vm, ready=False)
+            main = toolkit.property(f"microvm@{vm}", "MainPID")
+            environment = toolkit.sh(f"tr '\\0' '\\n' </proc/{main}/environ").splitlines()
+            lines, result, _ = stop(toolkit, vm)
+        assert result == "success", lines
+        # As root without any capability, like the guard.
+        code = (
+            "from microvm_host import environment, paths, trust; import os; "
+            f"[print(each) for each in environment.assignments('microvm@{vm}.service', '{vm}', "
+            "trust.Suspect(1, frozenset()), paths.HostPaths())]"
+        )
+        known = toolkit.sh(
+            "cd /usr/local/lib/microvm-host && setpriv --inh-caps=-all --bounding-set=-all "
+            f'python3 -c "{code}"'
+        ).splitlines()
+        given = {line for line in environment if line.startswith("MICROVM_")}
+        assert {"MICROVM_SHUTDOWN_SECONDS=60", "MICROVM_ASK_AGAIN_SECONDS=9"} <= given
+        assert given <= {*known}
+    finally:
+        toolkit.sh(f"systemctl unset-environment MICROVM_ASK_AGAIN_SECONDS; rm /etc/default/{vm}")
 
 
 def test_the_declarations_times_hold_in_the_foreground_too(toolkit: Toolkit, vm: str) -> None:
@@ -324,13 +372,15 @@ def mark(toolkit: Toolkit, vm: str) -> str:
 
 @pytest.mark.fault
 def test_guests_shut_down_with_their_host(fresh: Toolkit) -> None:
-    """Three or ten guests, one of them slow and one that has to outlive the others.
+    """Three or ten guests, one of them slow and one that has to outlive the others; and a deaf one.
 
-    Each has shut down by what its own disk says at last.
+    Each has shut down by what its own disk says at last; but the deaf one, which is waited for as
+    long as its declaration says, and of which it is known that it was killed.
     """
     fresh.sh("mkdir -p /srv/data && echo hi > /srv/data/hello")
     names = ("one", "two", *(f"more{number}" for number in range(rounds(0, 7))), "last")
-    for number, name in enumerate(names, 1):
+    everybody = (*names, "deaf")
+    for number, name in enumerate(everybody, 1):
         package = guest(
             name,
             mark=True,
@@ -338,25 +388,27 @@ def test_guests_shut_down_with_their_host(fresh: Toolkit) -> None:
             taps=(Tap(name=f"{name}0", mac=f"02:00:00:00:00:{number:02x}"),),
             shares=(Share(tag="data", source="/srv/data", mount="/mnt/data"),),
             slow_stop=8 if name == "one" else 0,
+            deaf=name == "deaf",
             **control(name),
         )
         fresh.create(package)
         fresh.host.write(
             f"/etc/microvms/{name}.toml",
             f'runner = "/opt/packages/{name}"\nautostart = false\n'
-            f"order = {1 if name == 'last' else 2}\n",
+            f"order = {1 if name == 'last' else 2}\n"
+            f"shutdown_timeout = {5 if name == 'deaf' else 90}\n",
         )
     # So that the next boot has the journal of this one.
     fresh.sh("mkdir -p /var/log/journal; systemctl restart systemd-journald; journalctl --flush")
     fresh.systemctl("daemon-reload")
-    fresh.systemctl("start", *(f"microvm@{name}" for name in names), timeout=300)
-    for name in names:
+    fresh.systemctl("start", *(f"microvm@{name}" for name in everybody), timeout=300)
+    for name in everybody:
         fresh.await_line(name, f"GUEST {name}: ready", timeout=300)
         assert mark(fresh, name) == f"GUEST {name}: running"
     began = time.monotonic()
     fresh.host.poweroff()
     # They go at once, but share processors that they emulate.
-    assert time.monotonic() - began < 60 + 5 * len(names)
+    assert time.monotonic() - began < 60 + 5 * len(everybody)
     fresh.host.start()
     for name in names:
         assert mark(fresh, name) == f"GUEST {name}: shut down"
@@ -375,5 +427,12 @@ def test_guests_shut_down_with_their_host(fresh: Toolkit) -> None:
     # The slow one held up nobody of its own order, but the one that is to be last.
     assert when("GUEST two: shutting down") < when("GUEST one: powering off")
     assert when("Stopped microvm@one.service") < when("Stopping microvm@last.service")
-    assert not [line for line in log if "was not shut down" in line or "it is started" in line]
-    assert not [line for line in log if "sending SIG" in line or "killed after" in line]
+    units = "".join(f" --unit=microvm@{name}" for name in names)
+    theirs = fresh.sh(f"journalctl --no-pager -b -1 --output=cat {units}").splitlines()
+    assert len(theirs) > 5 * len(names)
+    for text in ("was not shut down", "it is started", "sending SIG", "killed after", "Failed"):
+        assert not [line for line in theirs if text in line]
+    assert mark(fresh, "deaf") == "GUEST deaf: running"
+    assert when("did not shut down within 5 s") < when("the hypervisor ended by SIGTERM after")
+    assert when("the hypervisor ended by SIGTERM after") < when("Stopping microvm@last.service")
+    assert when("microvm@deaf.service: Failed with result 'exit-code'")

@@ -103,7 +103,7 @@ def test_without_any_way_to_ask(main: Start, said: list[str]) -> None:
     assert said == [
         "notice: the package has neither bin/microvm-shutdown nor a control socket: ending the "
         "hypervisor by SIGTERM",
-        "info: the hypervisor ended by SIGTERM in 0.0 s",
+        "info: the hypervisor ended by SIGTERM in 0.0 s, the guest could not be asked",
     ]
 
 
