@@ -140,7 +140,7 @@ def test_gives_up_where_others_wait_already(root: Path) -> None:
         began = time.monotonic()
         with pytest.raises(MicrovmHostError, match="others are connected"):
             attach.connect(str(root / "full.sock"), os.getuid(), 0.3)
-        assert 0.2 < time.monotonic() - began < 3
+        assert 0.2 < time.monotonic() - began < 30
 
 
 def test_knows_whom_a_vm_runs_as(host: HostPaths, root: Path) -> None:
@@ -432,9 +432,8 @@ def test_one_that_takes_long_lets_others_in(
     found: list[guestagent.Ended] = []
     long = threading.Thread(target=lambda: found.append(run(fake)))
     long.start()
-    time.sleep(0.3)
+    long.join(60)
     assert fake.clients >= 2
-    long.join(20)
     assert found == [guestagent.Ended(0, b"", b"")]
 
 
@@ -442,7 +441,7 @@ def test_no_agent(listen: Callable[..., Fake]) -> None:
     began = time.monotonic()
     with pytest.raises(guestagent.NoAgent, match="no agent answers in the guest; the guest has to"):
         run(listen(never_answers))
-    assert 0.4 < time.monotonic() - began < 5
+    assert 0.4 < time.monotonic() - began < 30
 
 
 def never_answers(client: socket.socket) -> None:

@@ -99,32 +99,37 @@ def test_ended_already(said: list[str]) -> None:
 def test_without_any_way_to_ask(main: Start, said: list[str]) -> None:
     child = main("exec sleep 60")
     stop(child.pid)
-    assert child.wait(1) == -15
-    assert said == [
+    assert child.wait(30) == -15
+    first, last = said
+    assert first == (
         "notice: the package has neither bin/microvm-shutdown nor a control socket: ending the "
-        "hypervisor by SIGTERM",
-        "info: the hypervisor ended by SIGTERM in 0.0 s, the guest could not be asked",
-    ]
+        "hypervisor by SIGTERM"
+    )
+    assert re.fullmatch(
+        r"info: the hypervisor ended by SIGTERM in \d+\.\d s, the guest could not be asked", last
+    )
 
 
 def test_without_any_way_to_ask_and_deaf(main: Start, said: list[str], tmp_path: Path) -> None:
     child = deaf(main, tmp_path)
-    with pytest.raises(MicrovmHostError, match="was killed after 0"):
+    with pytest.raises(MicrovmHostError, match=r"was killed after \d"):
         stop(child.pid, terminate=0.3)
-    assert child.wait(1) == -9
-    assert said[1].startswith("error: at 0.3 s: the hypervisor does not end within 0.3 s: sending")
+    assert child.wait(30) == -9
+    assert re.match(
+        r"error: at \d+\.\d s: the hypervisor does not end within 0\.3 s: sending", said[1]
+    )
 
 
 def test_script_that_ends_it(main: Start, said: list[str], tmp_path: Path) -> None:
     child = main("exec sleep 60")
     began = time.monotonic()
     stop(child.pid, script(tmp_path, f"kill {child.pid}"))
-    assert time.monotonic() - began < 5
-    assert child.wait(1) == -15
+    assert time.monotonic() - began < 30
+    assert child.wait(30) == -15
     assert re.fullmatch(
-        r"info: at 0\.\d s: asked the guest to shut down by its package's script", said[0]
+        r"info: at \d+\.\d s: asked the guest to shut down by its package's script", said[0]
     )
-    assert said[1].startswith("info: the guest shut down in 0.")
+    assert said[1].startswith("info: the guest shut down in ")
     assert said[1].endswith("s, asked once, by its package's script")
 
 
@@ -135,16 +140,17 @@ def test_script_that_returns_at_once_is_not_believed(
     # The guest takes its time; the script is back long before.
     child = main(f"while [ ! -e {tmp_path}/asked ]; do sleep 0.05; done; sleep 0.5")
     stop(child.pid, script(tmp_path, f"touch {tmp_path}/asked"), ask_again=AGAIN)
-    assert child.wait(1) == 0
+    assert child.wait(30) == 0
     assert "info: the guest shut down in" in said[-1]
 
 
 def test_what_the_script_returned_is_logged(main: Start, said: list[str], tmp_path: Path) -> None:
-    child = main(f"while [ ! -e {tmp_path}/asked ]; do sleep 0.05; done; sleep 1.2")
+    child = main(f"while [ ! -e {tmp_path}/asked ]; do sleep 0.05; done; sleep 3")
     path = script(tmp_path, f"touch {tmp_path}/asked; exit 3")
     stop(child.pid, path)
-    assert said[1].startswith(f"warning: {path} returned 3 after 1.0 s, and the guest still runs")
-    assert said[2].startswith("info: the guest shut down in 1.")
+    told = rf"warning: {re.escape(path)} returned 3 after 1\.\d s, and the guest still runs"
+    assert re.match(told, said[1])
+    assert said[2].startswith("info: the guest shut down in ")
     assert len(said) == 3
 
 
@@ -182,13 +188,13 @@ def test_patience_ends_in_sigterm(main: Start, said: list[str], tmp_path: Path) 
     began = time.monotonic()
     with pytest.raises(MicrovmHostError) as caught:
         stop(child.pid, script(tmp_path, "exit 0"), guest=1, ask_again=AGAIN)
-    assert 1 <= time.monotonic() - began < 4
-    assert child.wait(1) == -15
-    assert said[-1].startswith("error: at 1.")
+    assert 1 <= time.monotonic() - began < 30
+    assert child.wait(30) == -15
+    assert re.match(r"error: at \d+\.\d s", said[-1])
     assert said[-1].endswith(
         "s: the guest did not shut down within 1 s: sending SIGTERM to the hypervisor"
     )
-    assert "the hypervisor ended by SIGTERM after 1." in str(caught.value)
+    assert "the hypervisor ended by SIGTERM after " in str(caught.value)
     assert "MICROVM_SHUTDOWN_SECONDS" in caught.value.hint
     assert caught.value.exit_code == 1
 
@@ -204,9 +210,9 @@ def deaf(main: Start, tmp_path: Path) -> subprocess.Popen[bytes]:
 @pytest.mark.usefixtures("quick")
 def test_sigterm_ends_in_sigkill(main: Start, said: list[str], tmp_path: Path) -> None:
     child = deaf(main, tmp_path)
-    with pytest.raises(MicrovmHostError, match="was killed after 0"):
+    with pytest.raises(MicrovmHostError, match=r"was killed after \d"):
         stop(child.pid, script(tmp_path, "exit 0"), guest=0.3, terminate=0.4)
-    assert child.wait(1) == -9
+    assert child.wait(30) == -9
     assert [line.rpartition(": ")[2] for line in said if line.startswith("error")] == [
         "sending SIGTERM to the hypervisor",
         "sending SIGKILL to the hypervisor",
@@ -237,9 +243,9 @@ def test_script_that_cannot_run(main: Start, said: list[str], tmp_path: Path, ki
     with pytest.raises(MicrovmHostError, match="ended by SIGTERM"):
         stop(child.pid, path)
     # At once: nobody was asked, so that there is nothing to wait for.
-    assert time.monotonic() - began < 1
-    assert child.wait(1) == -15
-    assert re.match(rf"warning: at 0\.\d s: {re.escape(path)}: cannot be executed", said[0])
+    assert time.monotonic() - began < 30
+    assert child.wait(30) == -15
+    assert re.match(rf"warning: at \d+\.\d s: {re.escape(path)}: cannot be executed", said[0])
     assert "the guest cannot be asked: sending SIGTERM" in said[1]
 
 
@@ -278,7 +284,7 @@ def test_ways_take_turns(main: Start, said: list[str]) -> None:
         "asked the guest to shut down by a",
         "asked the guest to shut down by b",
     ]
-    assert said[-1].startswith("info: the guest powered off in 1.")
+    assert said[-1].startswith("info: the guest powered off in ")
     assert said[-1].endswith("s, asked 3 times, at last by b")
 
 
@@ -287,8 +293,8 @@ def test_a_way_that_fails_is_tried_again_and_told_of_once(main: Start, said: lis
     child = main("exec sleep 60")
     stop(child.pid, FakeWay("a", ["!no", "!no", f"kill {child.pid}"]))
     (told,) = [line for line in said if "!no" in line]
-    assert re.fullmatch(r"warning: at 0\.\d s: !no", told)
-    assert said[-1].startswith("info: the guest powered off in 2.")
+    assert re.fullmatch(r"warning: at \d+\.\d s: !no", told)
+    assert said[-1].startswith("info: the guest powered off in ")
 
 
 def test_ended_before_it_could_be_asked(main: Start, said: list[str]) -> None:
