@@ -238,21 +238,3 @@ def forget_unless_it_goes_on(name: str, ends: Record) -> None:
     """Clear the record when a VM is undone that is not about to be started again."""
     if not service.pending_job(name) or os.environ.get("SERVICE_RESULT", "success") != "success":
         ends.clear()
-
-
-def share_lost(name: str, tag: str, lost: Record) -> None:
-    """Tell of a virtiofsd that failed under a running guest, and write it down for the status."""
-    units = (names.unit(name), names.foreground_unit(name))
-    argv = ["systemctl", "show", "--property=ActiveState", "--value", "--", *units]
-    if "active" not in process.output(argv).split():
-        # It ended with its hypervisor.
-        return
-    lost.append("share", tag)
-    why = os.environ.get("MONITOR_EXIT_STATUS", "")
-    log.error(
-        f"virtiofsd of share {tag} has ended under the running guest"
-        + (f" ({os.environ.get('MONITOR_EXIT_CODE', '')} {why})" if why else "")
-        + ": what uses the share in there hangs, unless the hypervisor connects anew, which QEMU "
-        f"does not; save what can be saved, then systemctl restart {names.unit(name)}",
-        vm=name,
-    )

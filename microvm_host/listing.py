@@ -151,7 +151,7 @@ def _active(name: str, active: dict[str, str]) -> str:
 
 
 def _lost(name: str, active: dict[str, str], host: HostPaths) -> tuple[str, ...]:
-    """The shares whose virtiofsd has failed and was not started again since."""
+    """The shares whose virtiofsd has ended and was not started again since by a hypervisor."""
     return tuple(
         dict.fromkeys(
             tag

@@ -280,6 +280,7 @@ def foreground_unit(name: str) -> str:
 
 
 _SHARE_UNIT = "microvm-virtiofsd-"
+_SHARE_LOST_UNIT = "microvm-share-lost@"
 
 
 def own_share_unit(name: str) -> str:
@@ -299,12 +300,18 @@ def share_unit(name: str, tag: str, suffix: str) -> str:
 def vm_of_share_unit(unit: str) -> str | None:
     """The VM that a unit of shares is of; None for a unit of another name.
 
-    Takes those of `share_unit` and the one of a package's own virtiofsd-run.
+    Takes those of `share_unit`, `own_share_unit` and what starts `share_lost_unit`.
     """
-    name, dot, suffix = unit.rpartition(".")
-    if not dot or suffix not in ("socket", "service") or not name.startswith(_SHARE_UNIT):
+    name, _, suffix = unit.rpartition(".")
+    for prefix, suffixes in (
+        (_SHARE_UNIT, ("socket", "service")),
+        (_SHARE_LOST_UNIT, ("timer", "path")),
+    ):
+        if suffix in suffixes and name.startswith(prefix):
+            break
+    else:
         return None
-    first, dash, second = name.removeprefix(_SHARE_UNIT).partition("-")
+    first, dash, second = name.removeprefix(prefix).partition("-")
     # A tag may nest, which escapes to a `-`.
     try:
         vm, tag = unescape(first), unescape(second)
@@ -313,12 +320,20 @@ def vm_of_share_unit(unit: str) -> str | None:
     return vm if is_vm_name(vm) and bool(tag) == bool(dash) else None
 
 
-def share_lost_unit(name: str, tag: str) -> str:
-    """The unit that is started when the virtiofsd of one share fails."""
-    return f"microvm-share-lost@{escape(name)}-{escape(tag)}.service"
+def share_lost_unit(name: str, tag: str = "", suffix: str = ".service") -> str:
+    """The unit that tells of a lost share, or of all of a package's own script without a tag.
+
+    `suffix` is `.service`, or `.timer` and `.path` for what starts that.
+    """
+    instance = f"{escape(name)}-{escape(tag)}" if tag else escape(name)
+    return f"{_SHARE_LOST_UNIT}{instance}{suffix}"
 
 
 def share_of(instance: str) -> tuple[str, str]:
-    """The VM and the tag that the instance of such a unit stands for; raises NameInvalid."""
-    name, _, tag = instance.partition("-")
-    return vm_name(unescape(name)), share_tag(unescape(tag))
+    """The VM and the tag, or none, that the instance of such a unit stands for.
+
+    Raises:
+        NameInvalid: it stands for nothing of the kind.
+    """
+    name, dash, tag = instance.partition("-")
+    return vm_name(unescape(name)), share_tag(unescape(tag)) if dash else ""

@@ -108,6 +108,7 @@ UNDO: dict[str, Callable[[Record, str, HostPaths], list[str]]] = {
     "booted": _forget_booted,
     "ends": _forget,
     "lost-shares": _forget,
+    shares.SERVED: _forget,
 }
 
 # What the lines of records stand for, by their verb. Others tell nothing that has to be undone.

@@ -6,6 +6,10 @@ starts virtiofsd when the hypervisor connects; nothing of ours stays, and after 
 gone and come back the socket starts a new virtiofsd. Where a package brings its own
 `bin/virtiofsd-run` and gives no share options, that script runs instead, in one transient
 service, since it alone knows which shares are read-only.
+
+A virtiofsd that fails starts the unit that tells of lost shares; one that ends in order may do so
+because its hypervisor has ended, and starts a timer first. Where that is so, all of these units
+are stopped before the timer elapses: an ordinary stop costs no process for it.
 """
 
 from __future__ import annotations
@@ -14,11 +18,12 @@ import os
 import stat
 import time
 
-from . import names, trust
+from . import log, names, trust
 from .errors import MicrovmHostError, PackageError
 from .frozen import frozen
 from .paths import VIRTIOFSD_RUN
 from .place import Place, is_roots_directory, is_roots_socket
+from .record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,7 +33,6 @@ if TYPE_CHECKING:
     from .identity import Identity
     from .paths import HostPaths
     from .plan import Step
-    from .record import Record
     from .runner import Share
     from .systemd import Properties
 
@@ -46,6 +50,12 @@ if TYPE_CHECKING:
 OPEN_FILES = 1048576
 # A package's own supervisor was measured to take 3 s.
 OWN_SCRIPT_WITHIN = 30.0  # seconds
+# From the end of a virtiofsd until it is asked whether its hypervisor has ended, too. That may give
+# memory back first, systemd has to notice, and we to stop the timer; or it connects anew.
+TOLD_AFTER = 5.0  # seconds
+# The record of shares whose virtiofsd is not to end: `share`, the tag and, where a package's own
+# script serves it, the socket and whose it was made.
+SERVED = "served-shares"
 
 
 @frozen
@@ -80,14 +90,23 @@ class ServeShare:
     def apply(self, record: Record) -> None:
         socket_unit = names.share_unit(self.vm, self.share.tag, ".socket")
         service_unit = names.share_unit(self.vm, self.share.tag, ".service")
+        timer = names.share_lost_unit(self.vm, self.share.tag, ".timer")
         record.append("unit", socket_unit)
         record.append("unit", service_unit)
+        record.append("unit", timer)
         record.append("socket", self.socket)
+        served = _served(record)
+        served.append("share", self.share.tag)
         with Place(self.socket, self.state_directory) as place:
             # Ours before systemd comes by, which would follow a link that is put there meanwhile.
             place.make_directories()
             self.systemd.start_transient(
-                socket_unit, self.socket_properties(), {service_unit: self.service_properties()}
+                socket_unit,
+                self.socket_properties(),
+                {
+                    service_unit: self.service_properties(),
+                    timer: _timer_properties(self.vm, served.path),
+                },
             )
             place.give(self.identity)
 
@@ -116,6 +135,9 @@ class ServeShare:
             # It is not started anew by itself: a new one knows nothing of the files that the guest
             # has open. The socket still starts one for a hypervisor that connects anew.
             "OnFailure": ("as", [names.share_lost_unit(self.vm, self.share.tag)]),
+            # To have been told to end is no failure for systemd, and an error of the protocol none
+            # for virtiofsd.
+            "OnSuccess": ("as", [names.share_lost_unit(self.vm, self.share.tag, ".timer")]),
             "LimitNOFILE": ("t", OPEN_FILES),
             **(
                 {"User": ("s", str(self.identity.uid)), "Group": ("s", str(self.identity.gid))}
@@ -135,7 +157,8 @@ class RunOwnScript:
     vm: str
     program: str
     state_directory: str
-    sockets: tuple[str, ...]
+    # By tag.
+    sockets: dict[str, str]
     sources: tuple[str, ...]
     identity: Identity
     systemd: Systemd
@@ -145,8 +168,13 @@ class RunOwnScript:
 
     def apply(self, record: Record) -> None:
         unit = names.own_share_unit(self.vm)
-        record.append("unit", unit)
-        for socket in self.sockets:
+        timer, watch = (names.share_lost_unit(self.vm, "", each) for each in (".timer", ".path"))
+        for each in (watch, unit, timer):
+            record.append("unit", each)
+        served = _served(record)
+        # What says here whose the sockets were is not of another start.
+        served.clear()
+        for socket in self.sockets.values():
             record.append("socket", socket)
             with Place(socket, self.state_directory) as place:
                 place.make_directories()
@@ -156,18 +184,26 @@ class RunOwnScript:
             record.append("file", path)
             with Place(path, self.state_directory) as place:
                 place.reserve()
-        self.systemd.start_transient(unit, self.properties(), {})
+        self.systemd.start_transient(
+            unit, self.properties(), {timer: _timer_properties(self.vm, served.path)}
+        )
         self._wait_for_sockets(unit)
-        for socket in self.sockets:
+        for tag, socket in self.sockets.items():
             # The script gave it to a group, perhaps.
             with Place(socket, self.state_directory) as place:
                 place.give(self.identity)
+            served.append("share", tag, socket, str(self.identity.uid))
+        try:
+            self.systemd.start_transient(watch, self._watch_properties(), {})
+        except MicrovmHostError as error:
+            # The VM is well without; systemd has only so many watches.
+            log.warning(f"if a share is lost, that may not be noticed: {error}", vm=self.vm)
 
     def _files(self) -> tuple[str, ...]:
         """What virtiofsd and supervisord write beside the sockets, through links if there are."""
         supervisord = ("supervisord.log", "supervisord.pid")
         return (
-            *(f"{socket}.pid" for socket in self.sockets),
+            *(f"{socket}.pid" for socket in self.sockets.values()),
             *(f"{self.state_directory}/{name}" for name in supervisord),
         )
 
@@ -176,6 +212,10 @@ class RunOwnScript:
             **_common(self.vm, f"Shares of microVM {self.vm}"),
             **_command([self.program]),
             "WorkingDirectory": ("s", self.state_directory),
+            "OnFailure": ("as", [names.share_lost_unit(self.vm)]),
+            "OnSuccess": ("as", [names.share_lost_unit(self.vm, "", ".timer")]),
+            # One virtiofsd that is killed for lack of memory is one share, and not all.
+            "OOMPolicy": ("s", "continue"),
             "LimitNOFILE": ("t", OPEN_FILES),
             # It reports to systemd when it is up, which nobody here waits for.
             "NotifyAccess": ("s", "all"),
@@ -189,10 +229,18 @@ class RunOwnScript:
             "RuntimeDirectoryPreserve": ("s", "yes"),
         }
 
+    def _watch_properties(self) -> Properties:
+        """The script may start a virtiofsd again that died, which makes its socket anew."""
+        return {
+            **_described(f"Watch over the sockets of shares of microVM {self.vm}"),
+            "Paths": ("a(ss)", [("PathChanged", socket) for socket in self.sockets.values()]),
+        }
+
     def _wait_for_sockets(self, unit: str) -> None:
         # Its own word, sd_notify, is not in packages of all years; the sockets are.
         deadline = time.monotonic() + OWN_SCRIPT_WITHIN
-        while missing := [socket for socket in self.sockets if not _is_roots_socket(socket)]:
+        sockets = self.sockets.values()
+        while missing := [socket for socket in sockets if not _is_roots_socket(socket)]:
             if self.systemd.active_state(unit) != "active":
                 raise MicrovmHostError(
                     f"{VIRTIOFSD_RUN} ended before it listened at {missing[0]}",
@@ -252,7 +300,7 @@ def plan(
                 vm,
                 script,
                 state,
-                tuple(sockets.values()),
+                sockets,
                 tuple(sources.values()),
                 identity,
                 systemd,
@@ -480,21 +528,45 @@ def _confined(capabilities: int) -> dict[str, tuple[str, object]]:
     }
 
 
+def _described(description: str) -> dict[str, tuple[str, object]]:
+    """What all units have that are made here."""
+    return {
+        "Description": ("s", description),
+        "Documentation": ("as", ["man:microvm-host(7)"]),
+        # Gone from systemd's memory as well, failed or not.
+        "CollectMode": ("s", "inactive-or-failed"),
+    }
+
+
+def _timer_properties(vm: str, served: str) -> dict[str, tuple[str, object]]:
+    """A timer that has the service of its name tell of lost shares, unless it is stopped before.
+
+    Args:
+        served: the record without which it does not start, for virtiofsd is being stopped then.
+    """
+    return {
+        **_described(f"Wait whether microVM {vm} ends like its virtiofsd"),
+        # By default it would be refused, with a warning, while the host shuts down.
+        "DefaultDependencies": ("b", False),
+        "Conditions": ("a(sbbs)", [("ConditionPathExists", False, False, served)]),
+        "TimersMonotonic": ("a(st)", [("OnActiveSec", int(TOLD_AFTER * 1e6))]),
+        "AccuracyUSec": ("t", 500_000),
+        "RemainAfterElapse": ("b", False),
+    }
+
+
 def _common(vm: str, description: str) -> dict[str, tuple[str, object]]:
-    """What all units of a VM's shares have.
+    """What the sockets and services of a VM's shares have.
 
     Bound to the unit that made them they are not: systemd would stop them in one transaction with
     it, but earlier, and a start that comes in between takes back the rest of that. The VM would
     run without its shares. Who made them stops them.
     """
     return {
-        "Description": ("s", description),
-        "Documentation": ("as", ["man:microvm-host(7)"]),
+        **_described(description),
         # They end after the VM.
         "Before": ("as", [names.unit(vm)]),
         "Slice": ("s", "machine.slice"),
-        # Gone from systemd's memory as well, failed or not.
-        "CollectMode": ("s", "inactive-or-failed"),
     }
 
 
@@ -521,6 +593,12 @@ def undo(
     """
     problems: list[str] = []
     vm = os.path.basename(state_directory)
+    try:
+        # Before their units, whose end is none under a running guest from here on. A timer that it
+        # starts would be in the way of the next start's.
+        _served(record).clear()
+    except MicrovmHostError as error:
+        problems.append(str(error))
     units: list[str] = []
     places: list[tuple[str, str]] = []
     for line in record.read():
@@ -558,6 +636,11 @@ def undo(
     if not problems:
         record.clear()
     return problems
+
+
+def _served(record: Record) -> Record:
+    """The record of what is served, beside that of what has to be undone."""
+    return Record(f"{os.path.dirname(record.path)}/{SERVED}")
 
 
 def _is_below(path: str, directory: str) -> bool:

@@ -82,7 +82,7 @@ def _last_words(path: str, identity: Identity) -> str | None:
 
 
 def share_lost(name: str, tag: str, host: HostPaths) -> None:
-    """A virtiofsd has failed: say so where its VM is looked at, if that still runs."""
-    from .. import aftermath
+    """A virtiofsd has ended: say so where its VM is looked at, if that still runs."""
+    from .. import lostshares
 
-    aftermath.share_lost(name, tag, Record(host.record(name, "lost-shares")))
+    lostshares.tell(name, tag, host)

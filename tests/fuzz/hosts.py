@@ -18,6 +18,7 @@ from microvm_host import (
     bus,
     environment,
     guard,
+    lostshares,
     machined,
     names,
     pcibus,
@@ -89,6 +90,7 @@ def host_answers(root: str) -> None:
         attempt(lambda: _STOP([UNIT, SHARE]))
         attempt(lambda: _guard(text))
         attempt(lambda: _aftermath(text, root))
+        attempt(lambda: _lost_shares(text, HostPaths(root)))
         attempt(lambda: machined._forget_earlier(MACHINE, HostPaths(root), by_varlink=False))
         # Without end rarely: it is a lot to read.
         for then in ("hangs up", "is silent" if zlib.crc32(answer) % 16 else "goes on"):
@@ -164,7 +166,26 @@ def _aftermath(text: str, root: str) -> None:
             for line in ends.read():
                 promise(len(line) == 3 and line[0] == "end", f"writes down {line}")
         aftermath.forget_unless_it_goes_on(VM, ends)
-    aftermath.share_lost(VM, "t", Record(f"{root}/lost-shares"))
+
+
+def _lost_shares(text: str, host: HostPaths) -> None:
+    """What systemd says of units, states of all sorts and numbers; both kinds of shares."""
+    words, own = text.split() or [""], Record(host.record(VM, "served-shares"))
+    state = ("active", words[0])[len(words) % 2]
+    own.append("share", "t", f"{host.vm(VM)}/t.sock", str(len(text)))
+
+    def properties(_socket: str, unit: str, *wanted: bus.Property) -> list[str | int]:
+        said = "active" if unit == bus.unit(UNIT) else state
+        return [
+            said if name == "ActiveState" else zlib.crc32(f"{text}{name}".encode())
+            for _, name in wanted
+        ]
+
+    with replaced((bus, "properties", properties)):
+        for tag in ("t", ""):
+            lostshares.tell(VM, tag, host)
+    for line in Record(host.record(VM, "lost-shares")).read():
+        promise(line == ["share", "t"], f"writes down {line}")
 
 
 # ---- the host's devices

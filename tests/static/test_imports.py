@@ -48,6 +48,7 @@ LAYERS: tuple[set[str], ...] = (
         "shares",
         "hypervisor",
         "aftermath",
+        "lostshares",
         "machined",
         "readiness",
         "adopt",

@@ -6,14 +6,13 @@ systemd is a made-up one here: tests/system/test_ladder.py has the real one.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from microvm_host import aftermath, log, names, process, service
+from microvm_host import aftermath, log, process, service
 from microvm_host.aftermath import End
 from microvm_host.errors import MicrovmHostError
 from microvm_host.record import Record
@@ -30,12 +29,9 @@ class FakeSystemd:
         self.restart = "always"
         self.ran = 0.5
         self.became_active = True
-        self.active = "active"
         self.told: list[list[str]] = []
 
     def output(self, argv: list[str]) -> str:
-        if argv[1] == "show" and "--value" in argv:
-            return f"{self.active}\n\ninactive\n"
         self.told.append(argv)
         return ""
 
@@ -320,35 +316,3 @@ def test_undoing_forgets_unless_a_start_follows(
     monkeypatch.setenv("SERVICE_RESULT", result)
     aftermath.forget_unless_it_goes_on("web", ends)
     assert len(ends.read()) == kept
-
-
-# ---- shares
-
-
-def test_a_lost_share(
-    systemd: FakeSystemd, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lost = Record(str(tmp_path / "web/lost-shares"))
-    systemd.active = "deactivating"
-    aftermath.share_lost("web", "home/a", lost)
-    assert (lost.read(), said) == ([], [])
-    systemd.active = "active"
-    monkeypatch.setenv("MONITOR_EXIT_CODE", "killed")
-    monkeypatch.setenv("MONITOR_EXIT_STATUS", "KILL")
-    aftermath.share_lost("web", "home/a", lost)
-    assert lost.read() == [["share", "home/a"]]
-    assert said[0].startswith(
-        "error: virtiofsd of share home/a has ended under the running guest (killed KILL): "
-    )
-    assert said[0].endswith("systemctl restart microvm@web.service")
-
-
-@pytest.mark.parametrize(
-    ("vm", "tag"), [("web", "data"), ("a-b", "c"), ("a", "b-c"), ("x.y:z", "home/al-ice/ü n")]
-)
-def test_instances_name_vm_and_tag(vm: str, tag: str) -> None:
-    unit = names.share_lost_unit(vm, tag)
-    assert unit.startswith("microvm-share-lost@")
-    instance = unit.removeprefix("microvm-share-lost@").removesuffix(".service")
-    assert names.share_of(instance) == (vm, tag)
-    assert os.fsencode(instance).isascii()

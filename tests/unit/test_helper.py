@@ -51,7 +51,7 @@ def run(*arguments: str) -> int:
     "arguments",
     [
         *([], ["start"], ["no-such", "web"], ["start", "web", "more"], ["start", "a/b"]),
-        *(["share-lost", "web"], ["share-lost", "web-"], ["share-lost", "web-..-x"]),
+        *(["share-lost", ""], ["share-lost", "web-"], ["share-lost", "web-..-x"]),
         ["share-lost", "we\\xzz-data"],
     ],
 )

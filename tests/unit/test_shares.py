@@ -310,7 +310,9 @@ def test_a_share_is_a_socket_and_a_service(
     socket_unit = "microvm-virtiofsd-web\\x2d1-home-alice.socket"
     service_unit = "microvm-virtiofsd-web\\x2d1-home-alice.service"
     path = f"{host.vm('web-1')}/run/a.sock"
-    assert record.read() == [["unit", socket_unit], ["unit", service_unit], ["socket", path]]
+    timer_unit = "microvm-share-lost@web\\x2d1-home-alice.timer"
+    units = (socket_unit, service_unit, timer_unit)
+    assert record.read() == [*(["unit", unit] for unit in units), ["socket", path]]
     ((unit, properties, auxiliary),) = systemd.started
     assert unit == socket_unit
     expected = {
@@ -339,6 +341,21 @@ def test_a_share_is_a_socket_and_a_service(
     # Failed, it is told of, and not started again.
     lost = "microvm-share-lost@web\\x2d1-home-alice.service"
     assert service["OnFailure"] == ("as", [lost])
+    # Ended in order, it may have done so with its hypervisor, and the timer is stopped.
+    assert service["OnSuccess"] == ("as", [timer_unit])
+    timer = auxiliary[timer_unit]
+    assert timer["TimersMonotonic"] == ("a(st)", [("OnActiveSec", 5_000_000)])
+    # By default, that would be a minute, and another end would not start it again.
+    assert timer["AccuracyUSec"][1] <= 1_000_000
+    assert timer["RemainAfterElapse"] == ("b", False)
+    # What it stands on is gone before the units are stopped, by which virtiofsd ends in order, too.
+    served = Record(host.record("web-1", "served-shares"))
+    condition = ("ConditionPathExists", False, False, served.path)
+    assert timer["Conditions"] == ("a(sbbs)", [condition])
+    assert served.read() == [["share", "home/alice"]]
+    left: list[list[list[str]]] = []
+    shares.undo(record, host.vm("web-1"), lambda _: left.append(served.read()))
+    assert left == [[]]
     assert "Restart" not in service
     assert service["After"] == ("as", ["local-fs.target", "remote-fs.target"])
     assert "User" not in service
@@ -359,7 +376,7 @@ def test_a_source_that_the_vms_user_could_exchange_is_served_with_their_rights(
     (step,) = shares.plan("web", str(package), [share], ALICE, host, systemd)
     assert step.describe() == f"listen for share t ({root}, with the rights of alice alone)"
     step.apply(Record(host.record("web", "virtiofsd")))
-    (service,) = systemd.started[0][2].values()
+    service = systemd.started[0][2]["microvm-virtiofsd-web-t.service"]
     assert service["User"] == ("s", str(ALICE.uid))
     assert service["Group"] == ("s", str(ALICE.gid))
     assert service["CapabilityBoundingSet"] == ("t", 0)
@@ -398,7 +415,7 @@ def test_a_writable_share_is_not_read_only(host: HostPaths, package: Path, root:
     (step,) = shares.plan("web", str(package), [share], ALICE, host, systemd)
     assert step.describe() == f"listen for share t ({root})"
     step.apply(Record(host.record("web", "virtiofsd")))
-    (service,) = systemd.started[0][2].values()
+    service = systemd.started[0][2]["microvm-virtiofsd-web-t.service"]
     assert "ReadOnlyPaths" not in service
     assert "--readonly" not in service["ExecStartEx"][1][0][1]
 
@@ -430,6 +447,7 @@ def test_own_script_where_only_it_knows_the_options(
     host: HostPaths, package: Path, root: Path, state: str
 ) -> None:
     script = str(packages.program(package, "bin/virtiofsd-run"))
+    done: list[tuple[list[list[str]], list[str]]] = []
     # No virtiofsd of the host is asked for.
     plain = [Share("a", str(root), "a.sock"), Share("b", str(root), "b.sock")]
     systemd = FakeSystemd(binds=[f"{state}/a.sock", f"{state}/b.sock"])
@@ -446,8 +464,10 @@ def test_own_script_where_only_it_knows_the_options(
     os.link(root / "elsewhere/file", f"{state}/a.sock.pid")
     step.apply(record)
     reserved = ["a.sock.pid", "b.sock.pid", "supervisord.log", "supervisord.pid"]
+    watch, timer = "microvm-share-lost@web.path", "microvm-share-lost@web.timer"
+    units = [watch, "microvm-virtiofsd-web.service", timer]
     assert record.read() == [
-        ["unit", "microvm-virtiofsd-web.service"],
+        *(["unit", unit] for unit in units),
         ["socket", f"{state}/a.sock"],
         ["socket", f"{state}/b.sock"],
         *(["file", f"{state}/{name}"] for name in reserved),
@@ -458,8 +478,23 @@ def test_own_script_where_only_it_knows_the_options(
     assert Path(root / "elsewhere/file").read_text() == "of somebody else's"
     for name in ("a.sock", "b.sock"):
         assert stat.S_IMODE(os.stat(f"{state}/{name}").st_mode) == 0o600
-    ((unit, properties, auxiliary),) = systemd.started
-    assert (unit, auxiliary) == ("microvm-virtiofsd-web.service", {})
+    ((unit, properties, auxiliary), watching) = systemd.started
+    assert unit == "microvm-virtiofsd-web.service"
+    assert properties["OnFailure"] == ("as", ["microvm-share-lost@web.service"])
+    assert properties["OnSuccess"] == ("as", [timer])
+    assert properties["OOMPolicy"] == ("s", "continue")
+    own = Record(host.record("web", "served-shares"))
+    assert own.read() == [
+        ["share", tag, f"{state}/{tag}.sock", str(ALICE.uid)] for tag in ("a", "b")
+    ]
+    # Stopped in order, the script starts no timer.
+    assert list(auxiliary) == [timer]
+    condition = ("ConditionPathExists", False, False, own.path)
+    assert auxiliary[timer]["Conditions"] == ("a(sbbs)", [condition])
+    shares.undo(record, state, lambda units: done.append((own.read(), [*units])))
+    assert done == [([], units)]
+    paths = [("PathChanged", f"{state}/{tag}.sock") for tag in ("a", "b")]
+    assert (watching[0], watching[1]["Paths"]) == (watch, ("a(ss)", paths))
     assert properties["ExecStartEx"][1] == [(script, [script], ["no-env-expand"])]
     assert properties["WorkingDirectory"] == ("s", state)
     assert properties["ProtectSystem"] == ("s", "strict")
