@@ -10,6 +10,7 @@ Each test says so in its docstring; that nothing is left holds after all of them
     `current` replaced while running            test_command
     a tap deleted from outside                  test_start_stop
     the host powered off with its guests        test_ladder
+    a virtiofsd that ends in other ways         test_lost_shares
     helpers of PCI devices killed               test_virtual_passthrough
     50 rounds with PCI devices                  test_virtual_passthrough
     helpers of macvtaps killed                  test_virtual
@@ -27,7 +28,7 @@ from tests.guest.package import Share, Stub, Tap
 from .rounds import rounds, spread
 from .shooting import Shooting, shooting
 from .toolkit import SOURCES, Toolkit, eventually
-from .vms import control, declare, guest, stop
+from .vms import connected, control, declare, guest, stop
 
 pytestmark = [pytest.mark.container, pytest.mark.fault]
 
@@ -291,23 +292,15 @@ def test_the_helper_that_tells_of_a_lost_share_is_killed(toolkit: Toolkit, vm: s
 
 def lose_share(toolkit: Toolkit, vm: str) -> None:
     """Have the virtiofsd of the share `data` start, and kill it."""
-    unit = f"microvm-virtiofsd-{vm}-data.service"
-    client = toolkit.host.spawn(
-        ["socat", f"UNIX:/var/lib/microvms/{vm}/{vm}-virtiofs-data.sock", "STDIO"]
-    )
-    try:
-        # One that has not taken the connection yet is started again by the socket.
+    # One that has not taken the connection yet is started again by the socket, and nothing is lost.
+    with connected(toolkit, vm, "data"):
+        toolkit.systemctl("kill", "-s", "KILL", f"microvm-virtiofsd-{vm}-data.service")
         eventually(
-            lambda: toolkit.sh(
-                f"systemctl kill -s KILL {unit}; sleep 0.3; cat /opt/shooting/shot", check=False
-            ),
+            lambda: toolkit.sh("cat /opt/shooting/shot", check=False),
             bool,
-            20,
+            60,
             "nobody was told of it",
         )
-    finally:
-        client.kill()
-        client.communicate()
 
 
 # ---- the hypervisor

@@ -58,6 +58,7 @@ def test_what_killed_helpers_left(toolkit: Toolkit, vm: str) -> None:
     assert code == 1
     assert {(each["kind"], str(each["what"]).rpartition("/")[2]) for each in found} == {
         ("record", "virtiofsd"),
+        ("record", "served-shares"),
         ("record", "tap-interfaces"),
         ("record", "booted"),
         ("booted", "booted"),

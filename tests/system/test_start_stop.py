@@ -309,6 +309,7 @@ def test_a_packages_own_virtiofsd_run(toolkit: Toolkit, vm: str) -> None:
     assert "supervisord" in "\n".join(toolkit.footprint())
     toolkit.systemctl("stop", f"microvm@{vm}")
     toolkit.await_footprint(before)
+    assert not any("has ended under the running guest" in line for line in toolkit.journal(vm))
 
 
 def test_sources_that_would_trip_a_shell(toolkit: Toolkit, vm: str) -> None:

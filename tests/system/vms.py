@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,3 +86,27 @@ def no_helper_stays(toolkit: Toolkit) -> None:
         30,
         "a helper has stayed",
     )
+
+
+@contextmanager
+def connected(toolkit: Toolkit, vm: str, *tags: str) -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """Connect to shares as a hypervisor would, until each virtiofsd has taken that."""
+    clients = {}
+    try:
+        for tag in tags:
+            unit = f"microvm-virtiofsd-{vm}-{tag}.service"
+            said = f"journalctl --output=cat --unit={unit} | grep -ci 'client connected\\|received'"
+            before = toolkit.sh(said, check=False)
+            socket = f"/var/lib/microvms/{vm}/{vm}-virtiofs-{tag}.sock"
+            clients[tag] = toolkit.host.spawn(["socat", f"UNIX:{socket}", "STDIO"])
+            eventually(
+                lambda said=said: toolkit.sh(said, check=False),  # type: ignore[misc]
+                lambda count, before=before: count != before,  # type: ignore[misc]
+                60,
+                f"the virtiofsd of {tag} takes no connection",
+            )
+        yield clients
+    finally:
+        for client in clients.values():
+            client.kill()
+            client.communicate()
