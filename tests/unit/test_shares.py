@@ -269,7 +269,7 @@ class FakeSystemd:
     def start_transient(self, unit: str, properties: Any, auxiliary: Any) -> None:
         self.started.append((unit, properties, auxiliary))
         listened = [path for _kind, path in properties.get("Listen", ("", []))[1]]
-        for path in listened or self.binds:
+        for path in listened or (self.binds if unit.endswith(".service") else ()):
             self.bind(path)
 
     def bind(self, path: str) -> None:
