@@ -127,6 +127,16 @@ def test_set_up_follows_set_booted_and_is_skipped_where_not_asked_for(name: str)
     assert condition.startswith("@statedir@/%i/booted/share/microvm/")
 
 
+def test_vm_ends_before_what_it_needs_of_the_host_when_that_shuts_down() -> None:
+    # Units stop in the opposite order. Each thing of the host's that a guest may need has a target
+    # or a mount that it is up before: network managers, network file systems, the state directory.
+    name = "microvm@.service.in"
+    assert {"network.target", "remote-fs.target"} <= {*values(name, "After")}
+    assert values(name, "RequiresMountsFor") == ["@statedir@"]
+    # What stops a unit at shutdown at all, and has it run after local-fs.target.
+    assert values(name, "DefaultDependencies") == []
+
+
 def test_guard_is_stopped_with_the_vm_and_not_after_it() -> None:
     name, unit = "microvm-guard@.service.in", "microvm-guard@%i.service"
     assert values(name, "PartOf") == ["microvm@%i.service"]

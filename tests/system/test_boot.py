@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What comes up at boot: enabled and declared VMs, and `microvm apply` between boots.
+"""What comes up at boot and goes at power-off, and `microvm apply` between boots.
 
 On hosts of their own, since they are rebooted.
 """
@@ -85,6 +85,54 @@ def test_boot(fresh: Toolkit) -> None:
     fresh.systemctl("start", "microvm@manual")
     assert is_active(fresh, "manual")
     assert host.exists("/sys/class/net/manual0")
+
+
+# What a guest needs of its host, by the target that such services are ordered before and have in
+# their own transaction: as network managers, and what mounts network storage.
+NEEDED = ("network", "remote-fs")
+
+
+# What orders units is the same in all versions.
+@pytest.mark.parametrize("fresh", ["trixie"], indirect=True)
+def test_power_off_ends_guests_before_what_they_need(fresh: Toolkit) -> None:
+    """Both are asked at once; network, shares and storage stay until the slower one has ended."""
+    for target in NEEDED:
+        fresh.host.write(
+            f"/etc/systemd/system/needed-{target}.service",
+            f"[Unit]\nBefore={target}.target\nWants={target}.target\n"
+            "[Service]\nType=oneshot\nRemainAfterExit=yes\n"
+            "ExecStart=true\nExecStop=true\n",
+        )
+    fresh.host.write(
+        "/etc/systemd/system/var-lib-microvms.mount",
+        "[Mount]\nWhat=/srv/vms\nWhere=/var/lib/microvms\nType=none\nOptions=bind\n",
+    )
+    # So that the next boot has the journal of this one.
+    fresh.sh(
+        "cp -a /var/lib/microvms /srv/vms; mkdir -p /var/log/journal; "
+        "systemctl restart systemd-journald; journalctl --flush"
+    )
+    fresh.systemctl("daemon-reload")
+    fresh.systemctl("start", "var-lib-microvms.mount", *(f"needed-{each}" for each in NEEDED))
+    delays = {"quick": 0, "slow": 3}
+    for name, delay in delays.items():
+        fresh.create(Stub(name=name, shutdown_delay=delay))
+    fresh.systemctl("start", *(f"microvm@{name}" for name in delays))
+    fresh.host.poweroff()
+    fresh.host.start()
+    # PID 1's own lines, which are in the order of what it did.
+    log = fresh.sh("journalctl --no-pager -b -1 --output=cat _PID=1").splitlines()
+
+    def when(text: str) -> int:
+        found = [number for number, line in enumerate(log) if line.startswith(text)]
+        assert found, "\n".join([f"{text!r} is not in the journal:", *log[-200:]])
+        return found[-1]
+
+    ended = [when(f"Stopped microvm@{name}.service") for name in delays]
+    assert max(when(f"Stopping microvm@{name}.service") for name in delays) < min(ended)
+    for target in NEEDED:
+        assert max(ended) < when(f"Stopping needed-{target}.service")
+    assert max(ended) < when("Unmounting var-lib-microvms.mount")
 
 
 def test_apply(fresh: Toolkit) -> None:
