@@ -33,10 +33,13 @@ udevrulesdir ?= $(libdir)/udev/rules.d
 
 # Not a setting: tmpfiles.d, the man pages and the Python code name it too.
 statedir = /var/lib/microvms
+# Nor this, which tmpfiles.d makes: there is no other place where ssh looks.
+sshlink = /etc/ssh/ssh_config.d/25-microvm-host.conf
 
 INSTALL ?= install
 FILL = sed -e 's|@python@|$(PYTHON)|g' -e 's|@pkgdir@|$(pkgdir)|g' \
-	-e 's|@libexecdir@|$(pkgdir)|g' -e 's|@unitdir@|$(unitdir)|g' -e 's|@statedir@|$(statedir)|g'
+	-e 's|@libexecdir@|$(pkgdir)|g' -e 's|@unitdir@|$(unitdir)|g' -e 's|@statedir@|$(statedir)|g' \
+	-e 's|@datadir@|$(datadir)|g'
 
 UNITS = $(patsubst units/%.in,%,$(wildcard units/*.in))
 PLAIN_UNITS = $(notdir $(wildcard units/*.target))
@@ -65,7 +68,9 @@ install:
 	chmod 755 $(DESTDIR)$(pkgdir)/helper $(DESTDIR)$(bindir)/microvm \
 		$(DESTDIR)$(generatordir)/microvm-generator
 	$(INSTALL) -m 644 data/sysusers.conf $(DESTDIR)$(sysusersdir)/microvm-host.conf
-	$(INSTALL) -m 644 data/tmpfiles.conf $(DESTDIR)$(tmpfilesdir)/microvm-host.conf
+	$(FILL) data/tmpfiles.conf.in > $(DESTDIR)$(tmpfilesdir)/microvm-host.conf
+	$(FILL) data/ssh_config.in > $(DESTDIR)$(datadir)/ssh_config
+	chmod 644 $(DESTDIR)$(tmpfilesdir)/microvm-host.conf $(DESTDIR)$(datadir)/ssh_config
 	$(INSTALL) -m 644 data/modules-load.conf $(DESTDIR)$(modulesloaddir)/microvm-host.conf
 	$(INSTALL) -m 644 data/preset $(DESTDIR)$(presetdir)/90-microvm-host.preset
 	$(INSTALL) -m 644 data/microvm.schema.json $(DESTDIR)$(datadir)/microvm.schema.json
@@ -119,6 +124,8 @@ ifeq ($(DESTDIR),)
 	rm -f /run/microvm-host.lock /run/microvm-host-pci.lock /run/microvm-host-packages.lock
 	for directory in /run/microvm-host /run/microvm-host-private; do \
 		rmdir --ignore-fail-on-non-empty $$directory 2>/dev/null || true; done
+	# The link alone: a file of that name is the administrator's.
+	if [ -h $(sshlink) ]; then rm -f $(sshlink); fi
 	if [ -d /run/systemd/system ]; then systemctl daemon-reload; fi
 	if [ -d /run/systemd/system ] && systemctl -q is-active systemd-udevd.service; then \
 		udevadm control --reload; fi

@@ -211,13 +211,15 @@ def become_ssh(user: str, vm: str, to: int | str, arguments: Sequence[str]) -> N
     Args:
         to: its vsock CID, or its address.
     """
+    # CIDs and addresses are given anew to other VMs; a VM's name stays.
+    alias = f"microvm-{vm}"
     argv, host = ["ssh"], str(to)
     if isinstance(to, int):
         proxy = f"{sys.executable} -IS {os.path.abspath(vsock.__file__)} {to} %p"
         argv += ["-o", f"ProxyCommand={proxy}", "-o", "ProxyUseFdpass=yes"]
-        host = f"vsock/{to}"
-    # CIDs and addresses are given anew to other VMs; a VM's name stays.
-    argv += ["-o", "CheckHostIP=no", "-o", f"HostKeyAlias=microvm-{vm}", "-l", user]
+        # Not vsock/CID, for which systemd's own configuration has no key checked.
+        host = alias
+    argv += ["-o", "CheckHostIP=no", "-o", f"HostKeyAlias={alias}", "-l", user]
     _become([*argv, host, *arguments])
 
 

@@ -85,7 +85,9 @@ def test_nothing_is_left_to_be_filled_in(tree: Path) -> None:
     for path in files(tree):
         if not is_module(path):
             text = path.read_text()
-            assert not re.search(r"@(python|pkgdir|libexecdir|unitdir|statedir)@", text), path
+            assert not re.search(r"@(python|pkgdir|libexecdir|unitdir|statedir|datadir)@", text), (
+                path
+            )
             assert str(tree) not in text, path
 
 
@@ -105,6 +107,19 @@ def test_programs_start(tree: Path) -> None:
         # Called wrongly, all three say how they are to be called.
         assert done.returncode == 2, done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_ssh_is_led_to_the_installed_proxy(tree: Path) -> None:
+    lines = (tree / "usr/lib/tmpfiles.d/microvm-host.conf").read_text().splitlines()
+    (link,) = [line.split() for line in lines if line.startswith("L ")]
+    # After systemd's own, by its name: ssh takes the first word that it finds.
+    assert Path(link[1]).name > "20-systemd-ssh-proxy.conf"
+    # What is removed is what is made.
+    assert f"\nsshlink = {link[1]}\n" in (REPOSITORY / "Makefile").read_text()
+    words = (tree / link[-1].lstrip("/")).read_text().split()
+    program, flags, script = words[words.index("ProxyCommand") + 1 :][:3]
+    assert (program, flags) == (sys.executable, "-IS")
+    assert (tree / script.lstrip("/")).is_file()
 
 
 def test_settings_are_honoured(tmp_path: Path) -> None:
