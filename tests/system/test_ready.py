@@ -15,16 +15,12 @@ import pytest
 from tests.guest.package import Stub, Tap
 
 from .toolkit import Toolkit, eventually
+from .vms import saying
 
 pytestmark = pytest.mark.container
 
 STARTS = 200
 AT_ONCE = 4
-
-
-def saying(line: str) -> str:
-    """Shell that says a guest's message, made by printf, over the hypervisor's vsock."""
-    return f"printf '{line}' | socat - UNIX-CONNECT:notify.vsock_8888"
 
 
 def fake(name: str, run: str, **fields: object) -> Stub:

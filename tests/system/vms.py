@@ -26,6 +26,11 @@ def control(name: str) -> dict[str, object]:
     return {"control_socket": f"{name}.sock", "control_protocol": "qmp"}
 
 
+def saying(line: str) -> str:
+    """Shell that says a guest's message, made by printf, over the hypervisor's own vsock."""
+    return f"printf '{line}' | socat - UNIX-CONNECT:notify.vsock_8888"
+
+
 def declare(toolkit: Toolkit, package: Guest | Stub, **settings: object) -> None:
     """Make a VM and declare it, not to start at boot, with these settings."""
     toolkit.create(package)
