@@ -803,12 +803,57 @@ def test_what_a_hypervisor_cannot_even_ask_for(arena: Arena, how: str) -> None:
         process.communicate(timeout=10)
 
 
-def test_virtiofsd_is_bounded(arena: Arena) -> None:
-    """The guest's requests end there, as root: what systemd thinks of it is bounded, too."""
-    arena.make(shares=data(socket="vm.sock"))
-    assert not arena.start()
-    unit = f"microvm-virtiofsd-{arena.vm}-data.service"
-    shown = arena.toolkit.sh(f"systemd-analyze security --no-pager --threshold=65 {unit} | tail -1")
-    assert "exposure level" in shown
-    assert arena.toolkit.property(unit, "DevicePolicy") == "closed"
-    assert arena.toolkit.property(unit, "RestrictAddressFamilies") == "AF_UNIX"
+def exposure(toolkit: Toolkit, unit: str) -> float:
+    """What `systemd-analyze security` makes of a unit that is loaded, from 0.0 to 10.0."""
+    shown = toolkit.host.run(["systemd-analyze", "security", "--no-pager", unit]).stdout
+    return float(shown.split("Overall exposure level for", 1)[1].split(":", 1)[1].split()[0])
+
+
+# The transient units, whose bounds tests/static/test_security.py cannot hold. Measured on 252, 257
+# and 262 together; what is left has its reason beside `shares.RIGHTS` and in `shares._confined`.
+BOUNDS = {
+    # Acts as whichever user of the guest asks, and makes its own sandbox: nine capabilities for the
+    # one and four for the other, namespaces, mounts, and any file system to find the source in.
+    "root": 5.8,
+    # The same without being root, and without capabilities.
+    "user": 4.5,
+    # Root's again, and its supervisor's; but for the sources it sees what is read-only.
+    "script": 5.6,
+    # As microvm@.service.
+    "foreground": 4.9,
+}
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("how", BOUNDS)
+def test_transient_units_are_bounded(arena: Arena, how: str) -> None:
+    """The guest's requests end in virtiofsd, and it in its unit."""
+    toolkit, unit = arena.toolkit, f"microvm-virtiofsd-{arena.vm}-data.service"
+    if how == "user" and toolkit.host.suite == "bookworm":
+        pytest.skip("QEMU's former virtiofsd cannot run as the VM's user")
+    toolkit.sh(f"mkdir -p /srv/hers/data && chown {EVE} /srv/hers")
+    process: subprocess.Popen[str] | None = None
+    if how == "foreground":
+        arena.make()
+        unit = f"microvm-foreground-{arena.vm}.service"
+        process = toolkit.host.spawn(["microvm", "run", arena.vm])
+        eventually(
+            lambda: toolkit.property(unit, "ActiveState"), lambda at: at == "active", 60, "not up"
+        )
+    elif how == "script":
+        arena.make(shares=data(), share_options=False, virtiofsd_run=True)
+        unit = f"microvm-virtiofsd-{arena.vm}.service"
+        assert not arena.start()
+    else:
+        arena.make(shares=data(source="/srv/hers/data" if how == "user" else "/srv/data"))
+        assert not arena.start()
+    assert exposure(toolkit, unit) <= BOUNDS[how]
+    assert (toolkit.property(unit, "User") not in ("", "0")) == (how in ("user", "foreground"))
+    assert toolkit.property(unit, "NoNewPrivileges") == "yes"
+    if how != "foreground":
+        assert toolkit.property(unit, "DevicePolicy") == "closed"
+        assert toolkit.property(unit, "RestrictAddressFamilies") == "AF_UNIX"
+    toolkit.host.run(["microvm", "stop", arena.vm])
+    if process is not None:
+        process.communicate(timeout=60)
+    toolkit.sh("rm -r /srv/hers")
