@@ -137,6 +137,8 @@ def qemu_argv(
         "systemd.journald.forward_to_console=1",
         # An emulator that gets no CPU for a while fails the kernel's test of the timer: it panics.
         "no_timer_check",
+        # Nor does it get through with the devices, the channel's among them, in 90 s then.
+        f"systemd.default_device_timeout_sec={_BOOT_TIMEOUT}",
         # Half of an emulated boot went into guarding a CPU that has nothing to guard.
         "mitigations=off",
         "test_host.channel",

@@ -19,7 +19,7 @@ from tests.host.container import kvm_works
 from tests.host.fixtures import require_virtual
 from tests.host.virtual import VirtualHost
 
-from .rounds import spread
+from .rounds import rounds, spread
 from .shooting import shooting
 from .toolkit import IMAGE, SOURCES, Toolkit, eventually
 from .vms import no_helper_stays
@@ -351,6 +351,47 @@ def test_guests_say_that_they_are_ready_over_vsock(machine: Toolkit, tree: Share
     assert all("vsock port 9000 is taken, perhaps by microVM s" in line for line in waited)
     for name in names:
         machine.remove(name)
+
+
+@pytest.mark.fault
+def test_no_ready_is_lost_over_vsock(machine: Toolkit) -> None:
+    """Said before the hypervisor has even been executed, by four VMs at once, two with one port.
+
+    The kernel's own vsock, but no guests: what says it is a process of this host, on the loopback
+    CID, which is not one that a package may have.
+    """
+    ports = {"vocal0": 9100, "vocal1": 9100, "vocal2": 9101, "vocal3": 9102}
+    total = rounds(40, 200)
+    before = machine.footprint()
+    machine.sh("modprobe vsock_loopback")
+    for name, port in ports.items():
+        machine.create(
+            Stub(
+                name=name,
+                vsock_cid=77,
+                readiness="guest",
+                notify_socket=f"vsock:2:{port}",
+                # A socket of sequenced packets, as the guest's systemd has it.
+                prepare=f"printf READY=1 | socat - VSOCK-CONNECT:1:{port},type=5",
+            )
+        )
+        machine.host.write(
+            f"/etc/systemd/system/microvm@{name}.service.d/loopback.conf",
+            "[Service]\nTimeoutStartSec=300\nRestart=no\n"
+            f"ExecStartPre=+sed -i 's/\\t77\\t/\\t1\\t/' /run/microvm-host/{name}/booted\n",
+        )
+    machine.systemctl("daemon-reload")
+    units = [f"microvm@{name}" for name in ports]
+    for _ in range(total // len(ports)):
+        machine.systemctl("restart", *units, timeout=600)
+    for name in ports:
+        assert machine.property(f"microvm@{name}", "ActiveState") == "active"
+        told = [line for line in machine.journal(name) if "the guest is ready after" in line]
+        assert len(told) == total // len(ports)
+    machine.systemctl("stop", *units, timeout=300)
+    for name in ports:
+        machine.remove(name)
+    machine.await_footprint(before, timeout=60)
 
 
 @pytest.mark.skipif(
