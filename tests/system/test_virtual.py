@@ -361,7 +361,7 @@ def test_no_ready_is_lost_over_vsock(machine: Toolkit) -> None:
     CID, which is not one that a package may have.
     """
     ports = {"vocal0": 9100, "vocal1": 9100, "vocal2": 9101, "vocal3": 9102}
-    total = rounds(40, 200)
+    total = rounds(20, 200)
     before = machine.footprint()
     machine.sh("modprobe vsock_loopback")
     for name, port in ports.items():
