@@ -474,10 +474,12 @@ def _give_back(address: str, driver: str, override: str, host: HostPaths) -> boo
         return False
     if not now:
         _await_settled(address, host)
-    if attribute(link, "driver_override") != (override or "(null)"):
-        _write(f"{link}/driver_override", override or "\n")
     if now == driver:
+        _set_override(link, override)
         return True
+    # A driver is bound if the override names it or, without one, by its IDs: it may have been bound
+    # while another override stood there, which only then was changed to the former one.
+    _set_override(link, driver or override)
     if now == VFIO_PCI:
         _await_closed(address, host)
     if now:
@@ -485,10 +487,25 @@ def _give_back(address: str, driver: str, override: str, host: HostPaths) -> boo
     if not driver:
         return True
     try:
+        _bind(address, driver, host)
+    finally:
+        _set_override(link, override)
+    return True
+
+
+def _set_override(link: str, override: str) -> None:
+    if attribute(link, "driver_override") != (override or "(null)"):
+        _write(f"{link}/driver_override", override or "\n")
+
+
+def _bind(address: str, driver: str, host: HostPaths) -> None:
+    """Have a driver take a device that has none, and whose override names it."""
+    link = host.pci_device(address)
+    try:
         _write(f"{host.pci_driver(driver)}/bind", address)
     except MicrovmHostError:
-        # Its module went away meanwhile, or it wants to be found: as at boot, by its IDs.
-        _load_driver(link)
+        # Its module went away meanwhile, or it wants to be found, as at boot.
+        _load_driver(driver, link, host)
         _write(host.pci_probe, address)
     now = linked(link, "driver") or ""
     if now != driver:
@@ -497,7 +514,6 @@ def _give_back(address: str, driver: str, override: str, host: HostPaths) -> boo
             path=link,
             hint=f"echo {address} > {host.pci_driver(driver)}/bind, or reboot",
         )
-    return True
 
 
 def _await_settled(address: str, host: HostPaths) -> None:
@@ -542,13 +558,14 @@ def _await_closed(address: str, host: HostPaths) -> None:
         time.sleep(0.05)
 
 
-def _load_driver(link: str) -> None:
-    alias = attribute(link, "modalias")
-    if alias:
-        try:
-            process.output(["modprobe", alias])
-        except MicrovmHostError as error:
-            log.warning(str(error))
+def _load_driver(driver: str, link: str, host: HostPaths) -> None:
+    """Load the module of a driver that is not there; by its name if not for the device's IDs."""
+    for module in (attribute(link, "modalias"), driver):
+        if module and not os.path.isdir(host.pci_driver(driver)):
+            try:
+                process.output(["modprobe", "--", module])
+            except MicrovmHostError as error:
+                log.warning(str(error))
 
 
 def _bring_up(address: str, up: list[str], down: list[str], host: HostPaths) -> None:

@@ -305,6 +305,8 @@ class Kernel:
         self.sysfs = sysfs
         # The driver that takes a device by its IDs, and the interfaces that it makes then.
         self.by_ids: dict[str, str] = {}
+        # Drivers that have no IDs, and devices only by an override (or by new_id).
+        self.without_ids = {"uio_pci_generic"}
         self.interfaces: dict[str, tuple[str, ...]] = {}
         # Pairs of driver and address for which probing fails.
         self.fails_to_bind: set[tuple[str, str]] = set()
@@ -324,7 +326,7 @@ class Kernel:
         """Take it that each device's present driver is the one by its IDs, as are interfaces."""
         for address in os.listdir(self.sysfs.host.pci_device("")):
             driver = self.sysfs.driver_of(address)
-            if driver is not None and not is_vfio(driver):
+            if driver is not None and not is_vfio(driver) and driver not in self.without_ids:
                 self.by_ids[address] = driver
                 net = self.sysfs.pci(address) / "net"
                 if net.is_dir():
@@ -489,8 +491,8 @@ class Kernel:
             raise OSError(ETIMEDOUT, os.strerror(ETIMEDOUT)) from None
 
     def _program(self, argv: list[str]) -> str:
-        program, module = argv
-        assert program == "modprobe"
+        *program, module = argv
+        assert program in (["modprobe"], ["modprobe", "--"])
         if module not in self.modules:
             raise MicrovmHostError(f"`modprobe {module}` failed with 1")
         self.sysfs.driver(self.modules[module])

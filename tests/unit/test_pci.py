@@ -448,9 +448,10 @@ def test_order_of_writes(sysfs: Sysfs, kernel: Kernel) -> None:
         ("drivers/nvme/bind", VMD),
         (f"devices/{SECOND}/driver_override", "\n"),
         ("drivers/vfio-pci/unbind", SECOND),
-        (f"devices/{CARD}/driver_override", "\n"),
+        (f"devices/{CARD}/driver_override", "e1000e"),
         ("drivers/vfio-pci/unbind", CARD),
         ("drivers/e1000e/bind", CARD),
+        (f"devices/{CARD}/driver_override", "\n"),
     ]
 
 
@@ -782,26 +783,65 @@ def test_start_after_a_stop_that_failed(sysfs: Sysfs, kernel: Kernel) -> None:
     assert sysfs.picture() == before
 
 
-def test_other_driver_takes_it_by_its_ids(sysfs: Sysfs, kernel: Kernel) -> None:
-    rich(sysfs, kernel)
-    record = take(sysfs, CARD, SECOND)
-    sysfs.driver("igb")
-    kernel.by_ids[CARD] = "igb"
-    assert given_back(sysfs, record) == [
-        "/sys/bus/pci/devices/0000:03:00.0: 0000:03:00.0 was not taken back by driver e1000e; igb "
-        "has it; echo 0000:03:00.0 > /sys/bus/pci/drivers/e1000e/bind, or reboot"
-    ]
-
-
-def test_module_of_the_driver_was_unloaded(sysfs: Sysfs, kernel: Kernel) -> None:
+def test_other_driver_would_take_it_by_its_ids(sysfs: Sysfs, kernel: Kernel) -> None:
     rich(sysfs, kernel)
     before = sysfs.picture()
     record = take(sysfs, CARD, SECOND)
-    directory = Path(sysfs.host.pci_driver("e1000e"))
+    sysfs.driver("igb")
+    kernel.by_ids[CARD] = "igb"
+    kernel.interfaces[CARD] = ("eth0", "eth1")
+    assert given_back(sysfs, record) == []
+    assert sysfs.driver_of(CARD) == "e1000e"
+    assert sysfs.override_of(CARD) is None
+    assert sysfs.picture().items() >= before.items()
+
+
+@pytest.mark.parametrize(
+    ("driver", "override"),
+    [("e1000e", "vfio-pci"), ("e1000e", "ixgbe"), ("uio_pci_generic", None)],
+)
+def test_driver_that_is_not_the_one_of_the_override(
+    sysfs: Sysfs, kernel: Kernel, driver: str, override: str | None
+) -> None:
+    """Set for later, while another driver has it; or cleared after it was bound, as by DPDK."""
+    sysfs.driver("vfio-pci")
+    sysfs.driver("ixgbe")
+    sysfs.device(CARD, driver, 7, override=override)
+    kernel.adopt()
+    kernel.by_ids.setdefault(CARD, "ixgbe")
+    before = sysfs.picture()
+    record = take(sysfs, CARD)
+    assert sysfs.driver_of(CARD) == "vfio-pci"
+    assert given_back(sysfs, record) == []
+    assert sysfs.picture() == before
+    record = take(sysfs, CARD)
+    kernel.fails_to_bind.add((driver, CARD))
+    [found] = given_back(sysfs, record)
+    assert f"was not taken back by driver {driver}; none has it" in found
+    # Whoever chose that finds it, whatever becomes of the driver.
+    assert sysfs.override_of(CARD) == override
+    kernel.fails_to_bind.clear()
+    assert given_back(sysfs, record) == []
+    assert sysfs.picture() == before
+
+
+@pytest.mark.parametrize(
+    ("driver", "module"),
+    [("e1000e", "pci:v00008086d000010D3"), ("uio_pci_generic", "uio_pci_generic")],
+)
+def test_module_of_the_driver_was_unloaded(
+    sysfs: Sysfs, kernel: Kernel, driver: str, module: str
+) -> None:
+    sysfs.driver("vfio-pci")
+    sysfs.device(CARD, driver, 7)
+    kernel.adopt()
+    before = sysfs.picture()
+    record = take(sysfs, CARD)
+    directory = Path(sysfs.host.pci_driver(driver))
     for file in directory.iterdir():
         file.unlink()
     directory.rmdir()
-    kernel.modules["pci:v00008086d000010D3"] = "e1000e"
+    kernel.modules[module] = driver
     assert given_back(sysfs, record) == []
     assert sysfs.picture() == before
 
@@ -1060,6 +1100,7 @@ def test_killed_and_started_again_without_giving_back(sysfs: Sysfs, kernel: Kern
 DRIVERS = st.sampled_from(
     [(None, None), (None, "pci-stub"), ("e1000e", None), ("e1000e", "e1000e"), ("nvme", None)]
     + [("vfio-pci", "vfio-pci"), ("pci-stub", "pci-stub")]
+    + [("e1000e", "vfio-pci"), ("uio_pci_generic", None)]
 )
 INTERFACES = st.lists(st.booleans(), max_size=2)
 DEVICES = st.lists(st.tuples(DRIVERS, st.integers(0, 3), INTERFACES), min_size=1, max_size=5)
@@ -1094,6 +1135,9 @@ def test_failing_anywhere_leaves_everything_as_it_was(
                 for each, up in enumerate(interfaces):
                     sysfs.interface(f"en{bus}n{each}", directory, up=up)
         kernel.adopt()
+        sysfs.driver("ixgbe")
+        for address in addresses:
+            kernel.by_ids.setdefault(address, "ixgbe")
         before = sysfs.picture()
         order.shuffle(addresses)
         fuse = Fuse(number, error("no"))
