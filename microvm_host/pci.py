@@ -411,7 +411,9 @@ def undo(record: Record, host: HostPaths) -> list[str]:
                     and all(map(names.is_interface_name, [*up.split(), *down.split()]))
                 ):
                     if _give_back(address, driver, override, host):
-                        _bring_up(address, up.split(), down.split(), host)
+                        # The device is nobody's now: another VM may have it, and waiting for an
+                        # interface that stays away, as one that was unplugged does, helps nobody.
+                        found += _bring_up(address, up.split(), down.split(), host)
                 case ["node", name, node, uid, gid, mode] if (
                     nodes.is_kernel_name(name)
                     and node in (host.vfio_group_node(name), host.vfio_device_node(name))
@@ -568,15 +570,18 @@ def _load_driver(driver: str, link: str, host: HostPaths) -> None:
                 log.warning(str(error))
 
 
-def _bring_up(address: str, up: list[str], down: list[str], host: HostPaths) -> None:
+def _bring_up(address: str, up: list[str], down: list[str], host: HostPaths) -> list[str]:
     """Have a card's interfaces again under their names, and those up that were up.
 
     A new interface is down; whoever has set it up at boot need not watch for it.
+
+    Returns:
+        What is not as it was, a line each.
     """
     wanted = {*up, *down}
     device = pcibus.device(address, host)
     if not wanted or device is None:
-        return
+        return []
     deadline = time.monotonic() + INTERFACE_APPEARS_WITHIN
     while not wanted.issubset(found := set(hostuse.interfaces(device, host))):
         if time.monotonic() > deadline:
@@ -584,17 +589,20 @@ def _bring_up(address: str, up: list[str], down: list[str], host: HostPaths) -> 
         time.sleep(0.01)
     spare = sorted(found - wanted)
     missing = sorted(wanted - found)
-    while missing and spare:
-        # Its name was given by hand, or by a rule that is no more.
-        rename(spare.pop(0), missing.pop(0))
-    for name in up:
-        if name not in missing:
-            _set_up(name, deadline)
-    if missing:
-        raise MicrovmHostError(
-            f"{address} is with its driver again, but its interface {', '.join(missing)} is not "
-            "there"
-        )
+    try:
+        while missing and spare:
+            # Its name was given by hand, or by a rule that is no more.
+            rename(spare.pop(0), missing.pop(0))
+        for name in up:
+            if name not in missing:
+                _set_up(name, deadline)
+    except MicrovmHostError as error:
+        return [str(error)]
+    return [
+        f"{address} is with its driver again, but its interface {name} is not there; `ip link` "
+        "shows those that are: it may have been unplugged, or its driver is late"
+        for name in missing
+    ]
 
 
 def _set_up(name: str, deadline: float) -> None:

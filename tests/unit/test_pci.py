@@ -952,28 +952,46 @@ def test_udev_gives_the_name_a_little_later(
     assert sysfs.picture() == before
 
 
-def test_one_interface_of_two_comes_back(sysfs: Sysfs, kernel: Kernel) -> None:
+def test_interface_that_stays_away(sysfs: Sysfs, kernel: Kernel) -> None:
+    """A network card on a USB controller, unplugged meanwhile: told once, and no more waited for.
+
+    The device itself is back, so that it is not kept from other VMs.
+    """
     rich(sysfs, kernel)
     record = take(sysfs, CARD, SECOND)
     kernel.interfaces[CARD] = ("eth0",)
     assert given_back(sysfs, record) == [
-        "0000:03:00.0 is with its driver again, but its interface eth1 is not there"
+        "0000:03:00.0 is with its driver again, but its interface eth1 is not there; `ip link` "
+        "shows those that are: it may have been unplugged, or its driver is late"
     ]
     assert kernel.get_flags("eth0") & 1
+    assert nothing_is_recorded(sysfs.host)
+    assert problems(sysfs, CARD, SECOND, vm="db") == []
+    assert given_back(sysfs, record) == []
 
 
-def test_interface_that_does_not_come_back(sysfs: Sysfs, kernel: Kernel) -> None:
+def test_interface_that_stays_away_makes_the_unit_fail(sysfs: Sysfs, kernel: Kernel) -> None:
     rich(sysfs, kernel)
-    before = sysfs.picture()
     record = take(sysfs, CARD, SECOND)
     kernel.interfaces[CARD] = ("eth1",)
-    assert given_back(sysfs, record) == [
-        "0000:03:00.0 is with its driver again, but its interface eth0 is not there"
-    ]
-    sysfs.interface("eth0", sysfs.pci(CARD), up=False)
-    # The next stop sets up what has come meanwhile.
-    assert given_back(sysfs, record) == []
-    assert sysfs.picture() == before
+    with pytest.raises(MicrovmHostError, match="1 of the things that were set up could not be"):
+        plan.take_back(record, lambda done: pci.undo(done, sysfs.host))
+    assert sysfs.driver_of(CARD) == "e1000e"
+
+
+def test_interface_that_cannot_be_set_up(
+    sysfs: Sysfs, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rich(sysfs, kernel)
+    record = take(sysfs, CARD, SECOND)
+
+    def fail(name: str, flags: int) -> None:
+        raise MicrovmHostError(f"interface {name}: Cannot assign requested address")
+
+    monkeypatch.setattr(pci, "set_flags", fail)
+    [found] = given_back(sysfs, record)
+    assert "interface eth0: Cannot assign requested address" in found
+    assert nothing_is_recorded(sysfs.host)
 
 
 # ---- killed, or failing, at any point
