@@ -410,7 +410,7 @@ def undo(record: Record, host: HostPaths) -> list[str]:
                     and _is_driver(override)
                     and all(map(names.is_interface_name, [*up.split(), *down.split()]))
                 ):
-                    if _give_back(address, driver, override, host):
+                    if _give_back(address, driver, override, record.vm, host):
                         # The device is nobody's now: another VM may have it, and waiting for an
                         # interface that stays away, as one that was unplugged does, helps nobody.
                         found += _bring_up(address, up.split(), down.split(), host)
@@ -459,7 +459,7 @@ def _take_back_node(
         pass
 
 
-def _give_back(address: str, driver: str, override: str, host: HostPaths) -> bool:
+def _give_back(address: str, driver: str, override: str, vm: str, host: HostPaths) -> bool:
     """Have a device in the hands of its former driver; of none, if it had none.
 
     Returns:
@@ -468,11 +468,11 @@ def _give_back(address: str, driver: str, override: str, host: HostPaths) -> boo
     link = host.pci_device(address)
     now = linked(link, "driver") or ""
     if not os.path.isdir(link):
-        log.notice(f"{address} is there no more, and so not given back")
+        log.notice(f"{address} is there no more, and so not given back", vm=vm)
         return False
     # Killed at any point, taking leaves no other driver than these.
     if now not in ("", driver, VFIO_PCI):
-        log.notice(f"{address} was taken by somebody else for {now} and is left alone")
+        log.notice(f"{address} was taken by somebody else for {now} and is left alone", vm=vm)
         return False
     if not now:
         _await_settled(address, host)
@@ -489,7 +489,7 @@ def _give_back(address: str, driver: str, override: str, host: HostPaths) -> boo
     if not driver:
         return True
     try:
-        _bind(address, driver, host)
+        _bind(address, driver, vm, host)
     finally:
         _set_override(link, override)
     return True
@@ -500,14 +500,14 @@ def _set_override(link: str, override: str) -> None:
         _write(f"{link}/driver_override", override or "\n")
 
 
-def _bind(address: str, driver: str, host: HostPaths) -> None:
+def _bind(address: str, driver: str, vm: str, host: HostPaths) -> None:
     """Have a driver take a device that has none, and whose override names it."""
     link = host.pci_device(address)
     try:
         _write(f"{host.pci_driver(driver)}/bind", address)
     except MicrovmHostError:
         # Its module went away meanwhile, or it wants to be found, as at boot.
-        _load_driver(driver, link, host)
+        _load_driver(driver, link, vm, host)
         _write(host.pci_probe, address)
     now = linked(link, "driver") or ""
     if now != driver:
@@ -560,14 +560,14 @@ def _await_closed(address: str, host: HostPaths) -> None:
         time.sleep(0.05)
 
 
-def _load_driver(driver: str, link: str, host: HostPaths) -> None:
+def _load_driver(driver: str, link: str, vm: str, host: HostPaths) -> None:
     """Load the module of a driver that is not there; by its name if not for the device's IDs."""
     for module in (attribute(link, "modalias"), driver):
         if module and not os.path.isdir(host.pci_driver(driver)):
             try:
                 process.output(["modprobe", "--", module])
             except MicrovmHostError as error:
-                log.warning(str(error))
+                log.warning(str(error), vm=vm)
 
 
 def _bring_up(address: str, up: list[str], down: list[str], host: HostPaths) -> list[str]:

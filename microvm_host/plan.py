@@ -41,7 +41,7 @@ def carry_out(steps: Sequence[Step], record: Record, undo: Undo) -> None:
             step.apply(record)
     except BaseException:
         for problem in undo(record):
-            log.error(problem)
+            log.error(problem, vm=record.vm)
         raise
 
 
@@ -53,7 +53,7 @@ def take_back(record: Record, undo: Undo) -> None:
     """
     problems = undo(record)
     for problem in problems:
-        log.error(problem)
+        log.error(problem, vm=record.vm)
     if problems:
         raise MicrovmHostError(
             f"{len(problems)} of the things that were set up could not be undone",

@@ -21,6 +21,11 @@ class Record:
     def __init__(self, path: str) -> None:
         self.path = path
 
+    @property
+    def vm(self) -> str:
+        """The VM that it is about."""
+        return os.path.basename(os.path.dirname(self.path))
+
     def append(self, *fields: str) -> None:
         """Write a line down, the directory too if need be.
 

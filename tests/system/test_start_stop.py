@@ -268,6 +268,24 @@ def test_many_taps_go_at_once_and_no_other(toolkit: Toolkit, vm: str) -> None:
         toolkit.sh("ip link del bystander")
 
 
+def test_why_a_device_was_not_given_back_is_in_the_vms_journal(toolkit: Toolkit, vm: str) -> None:
+    """A container has no devices, but a record of some, and a unit that gives them back."""
+    toolkit.create(Stub(name=vm, pci_devices=("ffff:ff:1f.6",)))
+    before = toolkit.footprint()
+    record = f"/run/microvm-host/{vm}/pci-devices"
+    lines = r"device\tffff:ff:1f.7\te1000e\t\t\t\nnonsense\tffff:ff:1f.5\n"
+    toolkit.sh(f"mkdir -p {record.rpartition('/')[0]}; printf '{lines}' >{record}")
+    try:
+        assert toolkit.host.run(["systemctl", "start", f"microvm@{vm}"], check=False).returncode
+        toolkit.await_line(vm, "ffff:ff:1f.7 is there no more, and so not given back")
+        toolkit.await_line(vm, "['nonsense', 'ffff:ff:1f.5'] is no line of this record")
+        # What is done with stays on record no longer.
+        assert toolkit.sh(f"cat {record}") == "nonsense\tffff:ff:1f.5\n"
+    finally:
+        toolkit.sh(f"rm -rf {record.rpartition('/')[0]}; systemctl reset-failed")
+    toolkit.await_footprint(before)
+
+
 @pytest.mark.core
 def test_a_missing_source_is_an_error_before_the_vm_starts(toolkit: Toolkit, vm: str) -> None:
     toolkit.create(

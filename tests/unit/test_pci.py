@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -908,6 +909,39 @@ def test_errors_of_the_system(sysfs: Sysfs, kernel: Kernel) -> None:
         ]
     assert given_back(sysfs, record) == []
     assert sysfs.picture() == before
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str | None, str]]:
+    """What is logged: the VM in whose journal it is, and the message."""
+    lines: list[tuple[str | None, str]] = []
+    monkeypatch.setattr(
+        log, "write", lambda priority, message, *, vm=None: lines.append((vm, message))
+    )
+    return lines
+
+
+def test_why_it_was_not_given_back_is_in_the_vms_journal(
+    sysfs: Sysfs, kernel: Kernel, said: list[tuple[str | None, str]]
+) -> None:
+    rich(sysfs, kernel)
+    record = take(sysfs, *RICH)
+    sysfs.remove(SECOND)
+    sysfs.driver("pci-stub")
+    sysfs.unbind(VMD)
+    sysfs.bind(VMD, "pci-stub")
+    # Its driver is gone, and so is the module.
+    shutil.rmtree(sysfs.host.pci_driver("e1000e"))
+    with pytest.raises(MicrovmHostError, match="1 of the things that were set up could not be"):
+        plan.take_back(record, lambda done: pci.undo(done, sysfs.host))
+    for text in (
+        f"{SECOND} is there no more",
+        f"{VMD} was taken by somebody else",
+        "`modprobe",
+        f"{CARD} was not taken back by driver e1000e",
+    ):
+        assert any(text in message for _, message in said), text
+    assert {vm for vm, _ in said} == {"web"}
 
 
 # ---- interfaces, which are back under their names

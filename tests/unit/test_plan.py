@@ -57,7 +57,7 @@ def record(tmp_path: Path) -> Record:
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     lines: list[str] = []
     monkeypatch.setattr(log, "status", lambda text: lines.append(f"status: {text}"))
-    monkeypatch.setattr(log, "error", lambda text: lines.append(f"error: {text}"))
+    monkeypatch.setattr(log, "error", lambda text, vm=None: lines.append(f"error: {vm}: {text}"))
     return lines
 
 
@@ -92,7 +92,7 @@ def test_what_cannot_be_undone_is_logged(record: Record, said: list[str]) -> Non
         plan.carry_out([Note("a"), Note("b"), Note("c", failure)], record, undo)
     assert caught.value is failure
     assert undo.undone == ["c", "b"]
-    assert "error: a is stuck" in said
+    assert "error: web: a is stuck" in said
     assert record.read()
 
 
@@ -114,5 +114,5 @@ def test_take_back_goes_on_and_keeps_the_record(record: Record, said: list[str])
         plan.take_back(record, undo)
     assert caught.value.path == record.path
     assert undo.undone == ["a"]
-    assert said == ["error: c is stuck", "error: b is stuck"]
+    assert said == ["error: web: c is stuck", "error: web: b is stuck"]
     assert len(record.read()) == 3
