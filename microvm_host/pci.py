@@ -95,6 +95,14 @@ def problems(vm: str, addresses: Iterable[str], host: HostPaths) -> list[Microvm
             devices.append(_one(address, host))
         except MicrovmHostError as error:
             found.append(error)
+    if _lacks_vfio(devices, host):
+        try:
+            # Without loading it.
+            process.output(["modprobe", "-n", "-q", VFIO_PCI])
+        except MicrovmHostError as error:
+            # Who is not root may not have the program in $PATH, and cannot tell.
+            if not isinstance(error.__cause__, OSError):
+                found.append(_no_module(str(error)))
     mine = set[str]()
     for device in devices:
         if device.address in mine:
@@ -110,6 +118,22 @@ def problems(vm: str, addresses: Iterable[str], host: HostPaths) -> list[Microvm
             if mate.address not in mine:
                 found += _problems_of_mate(mate, group, vm, host)
     return found
+
+
+def _lacks_vfio(devices: Iterable[Device], host: HostPaths) -> bool:
+    """Whether the driver is needed and not there, as before anything used it since boot."""
+    return not os.path.isdir(host.pci_driver(VFIO_PCI)) and any(
+        not device.is_for_vms for device in devices
+    )
+
+
+def _no_module(said: str) -> MicrovmHostError:
+    return MicrovmHostError(
+        f"the running kernel {os.uname().release} has no module {VFIO_PCI} that can be loaded: "
+        f"{said}",
+        hint="if the kernel was upgraded, reboot into the new one; otherwise install the package "
+        "with its modules",
+    )
 
 
 def _one(pattern: str, host: HostPaths) -> Device:
@@ -273,7 +297,7 @@ def plan(
         raise found[0]
     devices = [_one(address, host) for address in addresses]
     steps: list[Step] = []
-    if not os.path.isdir(host.pci_driver(VFIO_PCI)):
+    if _lacks_vfio(devices, host):
         steps.append(LoadVfio(host))
     steps += [Take(device, host) for device in devices]
     for group in _groups(devices):
@@ -292,7 +316,11 @@ class LoadVfio:
         return "load the kernel module vfio-pci"
 
     def apply(self, record: Record) -> None:
-        process.output(["modprobe", VFIO_PCI])
+        try:
+            # The unit has no standard error in which it could say why.
+            process.output(["modprobe", VFIO_PCI], errors=True)
+        except MicrovmHostError as error:
+            raise _no_module(str(error)) from error
 
 
 @frozen
@@ -565,7 +593,7 @@ def _load_driver(driver: str, link: str, vm: str, host: HostPaths) -> None:
     for module in (attribute(link, "modalias"), driver):
         if module and not os.path.isdir(host.pci_driver(driver)):
             try:
-                process.output(["modprobe", "--", module])
+                process.output(["modprobe", "--", module], errors=True)
             except MicrovmHostError as error:
                 log.warning(str(error), vm=vm)
 

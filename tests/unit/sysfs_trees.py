@@ -317,7 +317,9 @@ class Kernel:
         self.opened: set[str] = set()
         self.write_error: dict[str, int] = {}
         # What modprobe finds: the drivers that modules bring, by name or alias.
-        self.modules: dict[str, str] = {}
+        self.modules = {"vfio-pci": "vfio-pci"}
+        # Those of them that are there and cannot be loaded.
+        self.broken_modules: set[str] = set()
         # Called before each write.
         self.before_write: Callable[[str, str], None] = lambda path, text: None
         self.chowned: list[tuple[str, int, int]] = []
@@ -490,12 +492,19 @@ class Kernel:
             wait(patience)
             raise OSError(ETIMEDOUT, os.strerror(ETIMEDOUT)) from None
 
-    def _program(self, argv: list[str]) -> str:
-        *program, module = argv
-        assert program in (["modprobe"], ["modprobe", "--"])
+    def _program(self, argv: list[str], *, errors: bool = False) -> str:
+        """What stands for `process.output`, for modprobe(8) alone."""
+        program, *options, module = argv
+        assert program == "modprobe"
         if module not in self.modules:
-            raise MicrovmHostError(f"`modprobe {module}` failed with 1")
-        self.sysfs.driver(self.modules[module])
+            # Quiet, it says nothing of this.
+            said = f": FATAL: Module {module} not found." if errors and "-q" not in options else ""
+            raise MicrovmHostError(f"`{' '.join(argv)}` failed with 1{said}")
+        if module in self.broken_modules and "-n" not in options:
+            said = f": ERROR: could not insert '{module}'" if errors else ""
+            raise MicrovmHostError(f"`{' '.join(argv)}` failed with 1{said}")
+        if "-n" not in options:
+            self.sysfs.driver(self.modules[module])
         return ""
 
 
