@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import os
 import time
-from errno import EBUSY, ENODEV, ETIMEDOUT
+from errno import EBUSY, ETIMEDOUT
 from fcntl import LOCK_EX, LOCK_UN, flock
 
-from . import hostuse, log, names, nodes, pcibus, process
+from . import hostuse, log, names, nodes, pcibus, process, reborn
 from .errors import MicrovmHostError, NameInvalid
 from .frozen import frozen
-from .interfaces import IFF_UP, get_flags, rename, set_flags
 from .pcibus import VFIO_PCI, Device
 from .record import Record, holders
 from .sysfs import attribute, linked
@@ -35,8 +34,6 @@ WHAT = "pci-devices"
 # A driver may wait for whoever uses its device before it lets go, without an end of its own.
 LETS_GO_WITHIN = 30.0  # seconds
 NODE_APPEARS_WITHIN = 5.0  # seconds
-# udev gives an interface its name a little after the driver has made it.
-INTERFACE_APPEARS_WITHIN = 10.0  # seconds
 
 _ASK_THE_KERNEL = "`journalctl -k` may have the kernel's reason"
 
@@ -343,8 +340,7 @@ class Take:
         if device.driver is None:
             # Or one that has not let go yet, of a start before this one.
             _await_settled(device.address, host)
-        up = [name for name in hostuse.interfaces(device, host) if get_flags(name) & IFF_UP]
-        down = [name for name in hostuse.interfaces(device, host) if name not in up]
+        interfaces = reborn.to_fields(device, host)
         # What could not be undone once is still written down as it was before.
         if not any(line[:2] == ["device", device.address] for line in record.read()):
             record.append(
@@ -352,8 +348,7 @@ class Take:
                 device.address,
                 device.driver or "",
                 device.override or "",
-                " ".join(up),
-                " ".join(down),
+                *interfaces,
             )
         if device.is_for_vms:
             return
@@ -429,19 +424,20 @@ def undo(record: Record, host: HostPaths) -> list[str]:
         What could not be undone, a line each; the record keeps that, and nothing else.
     """
     found, kept = [], []
-    for line in reversed(record.read()):
+    lines = record.read()
+    for line in _undone_in_order(lines):
         try:
             match line:
-                case ["device", address, driver, override, up, down] if (
+                case ["device", address, driver, override, up, down, *marks] if (
                     _is_address(address)
                     and _is_driver(driver)
                     and _is_driver(override)
-                    and all(map(names.is_interface_name, [*up.split(), *down.split()]))
+                    and (interfaces := reborn.from_fields(up, down, *marks)) is not None
                 ):
                     if _give_back(address, driver, override, record.vm, host):
                         # The device is nobody's now: another VM may have it, and waiting for an
                         # interface that stays away, as one that was unplugged does, helps nobody.
-                        found += _bring_up(address, up.split(), down.split(), host)
+                        found += reborn.restore(address, interfaces, host)
                 case ["node", name, node, uid, gid, mode] if (
                     nodes.is_kernel_name(name)
                     and node in (host.vfio_group_node(name), host.vfio_device_node(name))
@@ -459,8 +455,21 @@ def undo(record: Record, host: HostPaths) -> list[str]:
             found.append(str(error))
             kept.append(line)
     # The others are free for whoever wants them.
-    record.keep(kept[::-1])
+    record.keep([line for line in lines if line in kept])
     return found
+
+
+def _undone_in_order(lines: list[list[str]]) -> list[list[str]]:
+    """The nodes, and then the devices by their addresses, as at boot.
+
+    The kernel counts interfaces up as they come, and where udev does not rename them, they are to
+    come in the same order.
+    """
+    devices = [line for line in lines if line[0] == "device"]
+    return [
+        *(line for line in reversed(lines) if line[0] != "device"),
+        *sorted(devices, key=lambda line: line[1:2]),
+    ]
 
 
 def _is_address(text: str) -> bool:
@@ -596,58 +605,6 @@ def _load_driver(driver: str, link: str, vm: str, host: HostPaths) -> None:
                 process.output(["modprobe", "--", module], errors=True)
             except MicrovmHostError as error:
                 log.warning(str(error), vm=vm)
-
-
-def _bring_up(address: str, up: list[str], down: list[str], host: HostPaths) -> list[str]:
-    """Have a card's interfaces again under their names, and those up that were up.
-
-    A new interface is down; whoever has set it up at boot need not watch for it.
-
-    Returns:
-        What is not as it was, a line each.
-    """
-    wanted = {*up, *down}
-    device = pcibus.device(address, host)
-    if not wanted or device is None:
-        return []
-    deadline = time.monotonic() + INTERFACE_APPEARS_WITHIN
-    while not wanted.issubset(found := set(hostuse.interfaces(device, host))):
-        if time.monotonic() > deadline:
-            break
-        time.sleep(0.01)
-    spare = sorted(found - wanted)
-    missing = sorted(wanted - found)
-    try:
-        while missing and spare:
-            # Its name was given by hand, or by a rule that is no more.
-            rename(spare.pop(0), missing.pop(0))
-        for name in up:
-            if name not in missing:
-                _set_up(name, deadline)
-    except MicrovmHostError as error:
-        return [str(error)]
-    return [
-        f"{address} is with its driver again, but its interface {name} is not there; `ip link` "
-        "shows those that are: it may have been unplugged, or its driver is late"
-        for name in missing
-    ]
-
-
-def _set_up(name: str, deadline: float) -> None:
-    """Set an interface up that may have got its name this moment.
-
-    sysfs has the new name a little before the kernel finds the interface by it.
-    """
-    while True:
-        try:
-            if not get_flags(name) & IFF_UP:
-                set_flags(name, IFF_UP)
-            return
-        except MicrovmHostError as error:
-            is_late = time.monotonic() > deadline
-            if is_late or getattr(error.__cause__, "errno", None) != ENODEV:
-                raise
-            time.sleep(0.01)
 
 
 # ---- writing to sysfs

@@ -39,7 +39,7 @@ LAYERS: tuple[set[str], ...] = (
         "users",
     },
     {"attach", "declaration", "hostuse", "nodes", "pciids"},
-    {"build", "guests", "plan", "service", "store", "systemd"},
+    {"build", "guests", "plan", "reborn", "service", "store", "systemd"},
     {"environment"},
     # What changes the host; these do not know of each other.
     {
@@ -254,7 +254,9 @@ SYSTEMD = ours("identity", "interpreter", "process", "systemd") | {
 }
 PCI = (
     SETUP
-    | ours("hostuse", "identity", "interfaces", "nodes", "pci", "pcibus", "plan", "process")
+    | ours(
+        "hostuse", "identity", "interfaces", "nodes", "pci", "pcibus", "plan", "process", "reborn"
+    )
     | {
         *ours("runner", "sysfs"),
         *("_struct", "fcntl", "struct", "time"),

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from microvm_host import hostuse, interfaces, pci, pcibus, process, sysfs
+from microvm_host import hostuse, interfaces, pci, pcibus, process, reborn, sysfs
 from microvm_host.errors import MicrovmHostError
 from microvm_host.paths import HostPaths
 
@@ -184,12 +184,25 @@ class Sysfs:
 
     # ---- network interfaces
 
-    def interface(self, name: str, parent: Path | None = None, *, up: bool = True) -> Path:
-        """An interface, of a device below whose directory it is, or of none (a bridge)."""
+    def interface(
+        self,
+        name: str,
+        parent: Path | None = None,
+        *,
+        up: bool = True,
+        attributes: dict[str, str] | None = None,
+    ) -> Path:
+        """An interface, of a device below whose directory it is, or of none (a bridge).
+
+        Args:
+            attributes: what else sysfs tells of it: `address`, `addr_assign_type`, `dev_port`.
+        """
         above = parent or self.root / "sys/devices/virtual"
         directory = above / "net" / name
         directory.mkdir(parents=True)
         (directory / "flags").write_text("0x1003\n" if up else "0x1002\n")
+        for attribute, text in (attributes or {}).items():
+            (directory / attribute).write_text(f"{text}\n")
         Path(self.host.net_device(name)).symlink_to(directory)
         return directory
 
@@ -307,7 +320,11 @@ class Kernel:
         self.by_ids: dict[str, str] = {}
         # Drivers that have no IDs, and devices only by an override (or by new_id).
         self.without_ids = {"uio_pci_generic"}
+        # `eth%d` is counted up; `attributes` are theirs, and whether they come up by themselves is
+        # for whoever manages the network.
         self.interfaces: dict[str, tuple[str, ...]] = {}
+        self.attributes: dict[str, tuple[dict[str, str], ...]] = {}
+        self.sets_up = False
         # Pairs of driver and address for which probing fails.
         self.fails_to_bind: set[tuple[str, str]] = set()
         # What writing to a driver's `unbind` gives, and those that wait for ever in there.
@@ -333,6 +350,14 @@ class Kernel:
                 net = self.sysfs.pci(address) / "net"
                 if net.is_dir():
                     self.interfaces[address] = tuple(sorted(os.listdir(net)))
+                    self.attributes[address] = tuple(
+                        {
+                            file.name: file.read_text().strip()
+                            for file in (net / name).iterdir()
+                            if file.is_file() and file.name != "flags"
+                        }
+                        for name in self.interfaces[address]
+                    )
 
     def put(self, path: str, text: str) -> None:
         """What stands for `pci._put`."""
@@ -399,8 +424,19 @@ class Kernel:
             raise OSError(EIO, os.strerror(EIO))
         self.sysfs.bind(address, driver)
         if not is_vfio(driver):
-            for name in self.interfaces.get(address, ()):
-                self.sysfs.interface(name, self.sysfs.pci(address), up=False)
+            given = self.interfaces.get(address, ())
+            known = [*self.attributes.get(address, ()), *({} for _ in given)]
+            for name, attributes in zip(given, known, strict=False):
+                self.sysfs.interface(
+                    self._counted(name),
+                    self.sysfs.pci(address),
+                    up=self.sets_up,
+                    attributes=attributes,
+                )
+
+    def _counted(self, name: str) -> str:
+        names = (name.replace("%d", str(number)) for number in range(99))
+        return next(each for each in names if not os.path.exists(self.sysfs.host.net_device(each)))
 
     def _probe(self, address: str) -> None:
         """Tell nobody if no driver takes it: the write is good all the same."""
@@ -426,11 +462,11 @@ class Kernel:
         self._interface(name, "flags").write_text(f"0x{now:x}\n")
 
     def rename(self, name: str, to: str) -> None:
-        if (
-            self.get_flags(name) & interfaces.IFF_UP
-            or Path(self.sysfs.host.net_device(to)).exists()
-        ):
+        # As before Linux 6.2.
+        if self.get_flags(name) & interfaces.IFF_UP:
             raise MicrovmHostError(f"interface {name}: Device or resource busy")
+        if Path(self.sysfs.host.net_device(to)).exists():
+            raise MicrovmHostError(f"interface {name}: File exists")
         link = Path(self.sysfs.host.net_device(name))
         directory = link.resolve()
         link.unlink()
@@ -449,8 +485,8 @@ class Kernel:
         """Put it where the toolkit would reach the real one."""
         patch.setattr(pci, "_put", self.put)
         for name in ("get_flags", "set_flags", "rename"):
-            patch.setattr(pci, name, getattr(self, name))
-        for module in (hostuse, pci, pcibus):
+            patch.setattr(reborn, name, getattr(self, name))
+        for module in (hostuse, pci, pcibus, reborn):
             patch.setattr(module, "attribute", self.attribute)
         patch.setattr(process, "call_apart", self._call_apart)
         patch.setattr(process, "output", self._program)

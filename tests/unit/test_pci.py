@@ -22,7 +22,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from microvm_host import interfaces, log, pci, plan, process
+from microvm_host import log, pci, plan, process, reborn
 from microvm_host.errors import DeclarationError, MicrovmHostError
 from microvm_host.identity import Identity
 from microvm_host.paths import HostPaths
@@ -47,8 +47,8 @@ def sysfs(root: Path) -> Sysfs:
 def kernel(sysfs: Sysfs, monkeypatch: pytest.MonkeyPatch) -> Kernel:
     kernel = Kernel(sysfs)
     kernel.install(monkeypatch)
-    for limit in ("NODE_APPEARS_WITHIN", "INTERFACE_APPEARS_WITHIN"):
-        monkeypatch.setattr(pci, limit, 0.05)
+    monkeypatch.setattr(pci, "NODE_APPEARS_WITHIN", 0.05)
+    monkeypatch.setattr(reborn, "APPEARS_WITHIN", 0.05)
     return kernel
 
 
@@ -448,15 +448,15 @@ def test_order_of_writes(sysfs: Sysfs, kernel: Kernel) -> None:
     writes.clear()
     assert pci.undo(record, sysfs.host) == []
     assert writes == [
-        (f"devices/{VMD}/driver_override", "nvme"),
-        ("drivers/vfio-pci/unbind", VMD),
-        ("drivers/nvme/bind", VMD),
-        (f"devices/{SECOND}/driver_override", "\n"),
-        ("drivers/vfio-pci/unbind", SECOND),
         (f"devices/{CARD}/driver_override", "e1000e"),
         ("drivers/vfio-pci/unbind", CARD),
         ("drivers/e1000e/bind", CARD),
         (f"devices/{CARD}/driver_override", "\n"),
+        (f"devices/{SECOND}/driver_override", "\n"),
+        ("drivers/vfio-pci/unbind", SECOND),
+        (f"devices/{VMD}/driver_override", "nvme"),
+        ("drivers/vfio-pci/unbind", VMD),
+        ("drivers/nvme/bind", VMD),
     ]
 
 
@@ -931,7 +931,7 @@ def test_vfio_pci_hangs(sysfs: Sysfs, kernel: Kernel) -> None:
     found = given_back(sysfs, record)
     assert len(found) == 3
     assert found[0].startswith(
-        "/sys/bus/pci/drivers/vfio-pci/unbind: driver vfio-pci does not let go of 10000:e1:00.0 "
+        "/sys/bus/pci/drivers/vfio-pci/unbind: driver vfio-pci does not let go of 0000:03:00.0 "
         "within 30 s"
     )
     kernel.let_go(VMD, SECOND, CARD)
@@ -1018,7 +1018,7 @@ def test_udev_gives_the_name_a_little_later(
     before = sysfs.picture()
     record = take(sysfs, CARD, SECOND)
     kernel.interfaces[CARD] = ("eth1", "eth7")
-    monkeypatch.setattr(pci, "INTERFACE_APPEARS_WITHIN", 30.0)
+    monkeypatch.setattr(reborn, "APPEARS_WITHIN", 30.0)
     naps: list[float] = []
 
     def nap(seconds: float) -> None:
@@ -1068,10 +1068,60 @@ def test_interface_that_cannot_be_set_up(
     def fail(name: str, flags: int) -> None:
         raise MicrovmHostError(f"interface {name}: Cannot assign requested address")
 
-    monkeypatch.setattr(pci, "set_flags", fail)
+    monkeypatch.setattr(reborn, "set_flags", fail)
     [found] = given_back(sysfs, record)
     assert "interface eth0: Cannot assign requested address" in found
     assert nothing_is_recorded(sysfs.host)
+
+
+def test_names_that_the_kernel_counts_up(
+    sysfs: Sysfs, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two cards, and no udev that renames (net.ifnames=0): back in the same order."""
+    sysfs.driver("vfio-pci")
+    for address, name in ((CARD, "eth0"), (VMD, "eth1")):
+        card = sysfs.device(address, "e1000e", int(name[-1]))
+        sysfs.interface(name, card, up=name == "eth0")
+    kernel.adopt()
+    before = sysfs.picture()
+    for order in ((CARD, VMD), (VMD, CARD)):
+        record = take(sysfs, *order)
+        kernel.interfaces = dict.fromkeys((CARD, VMD), ("eth%d",))
+        monkeypatch.delattr(reborn, "rename", raising=False)
+        assert given_back(sysfs, record) == []
+        assert sysfs.picture() == before
+
+
+def test_ports_of_a_card(sysfs: Sysfs, kernel: Kernel) -> None:
+    sysfs.driver("vfio-pci")
+    card = sysfs.device(CARD, "mlx4_core", 7)
+    for port, name in enumerate(("wan", "lan")):
+        sysfs.interface(name, card, up=name == "lan", attributes={"dev_port": f"{port}"})
+    kernel.adopt()
+    before = sysfs.picture()
+    record = take(sysfs, CARD)
+    assert record.read()[0] == [
+        *("device", CARD, "mlx4_core", "", "lan", "wan"),
+        *("lan - 1", "wan - 0"),
+    ]
+    kernel.interfaces[CARD] = ("eth1", "eth0")
+    assert given_back(sysfs, record) == []
+    assert sysfs.picture() == before
+
+
+def test_record_of_a_version_before_ports(sysfs: Sysfs, kernel: Kernel) -> None:
+    """The toolkit may be upgraded while VMs run."""
+    sysfs.driver("vfio-pci")
+    card = sysfs.device(CARD, "e1000e", 7)
+    sysfs.interface("lan", card, attributes={"dev_port": "0"})
+    kernel.adopt()
+    before = sysfs.picture()
+    record = take(sysfs, CARD)
+    old, *rest = record.read()
+    record.keep([old[:6], *rest])
+    kernel.interfaces[CARD] = ("eth0",)
+    assert given_back(sysfs, record) == []
+    assert sysfs.picture() == before
 
 
 # ---- killed, or failing, at any point
@@ -1097,7 +1147,8 @@ class Fuse:
     def burning(self) -> Iterator[None]:
         with pytest.MonkeyPatch.context() as patch:
             for owner, name in (
-                *((pci, name) for name in ("_put", "rename", "set_flags")),
+                (pci, "_put"),
+                *((reborn, name) for name in ("rename", "set_flags")),
                 *((os, name) for name in ("chmod", "chown", "rename", "unlink")),
                 *((Record, name) for name in ("append", "clear")),
             ):
@@ -1250,22 +1301,3 @@ def test_failing_anywhere_leaves_everything_as_it_was(
             assert given_back(sysfs, record) == []
         assert sysfs.picture() == before
         assert nothing_is_recorded(sysfs.host)
-
-
-def test_an_interface_that_is_being_renamed_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For a moment the kernel finds it by neither name."""
-    errors = [OSError(errno.ENODEV, "No such device")] * 2
-
-    def get_flags(name: str) -> int:
-        if errors:
-            raise MicrovmHostError(f"interface {name}: No such device") from errors.pop()
-        return 0
-
-    up = []
-    monkeypatch.setattr(pci, "get_flags", get_flags)
-    monkeypatch.setattr(pci, "set_flags", lambda name, flags: up.append((name, flags)))
-    pci._set_up("lan0", time.monotonic() + 5)
-    assert up == [("lan0", interfaces.IFF_UP)]
-    errors.append(OSError(errno.ENODEV, "No such device"))
-    with pytest.raises(MicrovmHostError, match="No such device"):
-        pci._set_up("lan0", time.monotonic() - 1)
