@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import time
 from errno import EBUSY, ETIMEDOUT
-from fcntl import LOCK_EX, LOCK_UN, flock
+from fcntl import LOCK_EX, LOCK_NB, LOCK_UN, flock
 
 from . import hostuse, log, names, nodes, pcibus, process, reborn
 from .errors import MicrovmHostError, NameInvalid
@@ -23,7 +23,7 @@ from .sysfs import attribute, linked
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from .identity import Identity
     from .paths import HostPaths
@@ -33,6 +33,9 @@ WHAT = "pci-devices"
 
 # A driver may wait for whoever uses its device before it lets go, without an end of its own.
 LETS_GO_WITHIN = 30.0  # seconds
+# Cards that start their firmware when they are probed take that long.
+TAKES_WITHIN = 60.0  # seconds
+LOCKED_FOR = 120.0  # seconds
 NODE_APPEARS_WITHIN = 5.0  # seconds
 
 _ASK_THE_KERNEL = "`journalctl -k` may have the kernel's reason"
@@ -50,20 +53,57 @@ class InUse(MicrovmHostError):
         self.holder = holder
 
 
+class _Hangs(MicrovmHostError):
+    """The kernel works on a device still, and keeps it locked."""
+
+
 class Exclusive:
     """Keeps other helpers from PCI devices while this one looks at them and changes them.
 
     Two VMs that ask for one device must not both find it free.
     """
 
-    def __init__(self, host: HostPaths) -> None:
-        self._path = host.pci_lock
+    def __init__(self, vm: str, host: HostPaths) -> None:
+        self._vm, self._path = vm, host.pci_lock
 
     def __enter__(self) -> None:
+        """Wait for whoever has them, for some time; raises MicrovmHostError if that is too long."""
         # Root's alone: whoever can open a file can lock it.
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         self._lock = os.open(self._path, flags, 0o600)
-        flock(self._lock, LOCK_EX)
+        try:
+            self._await()
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, self._vm.encode(), 0)
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def _await(self) -> None:
+        if self._is_ours_now():
+            return
+        status = f"waiting while PCI devices are taken or given back for microVM {self._holder()}"
+        for _ in _patiently(LOCKED_FOR, status):
+            if self._is_ours_now():
+                return
+        holder = self._holder()
+        raise MicrovmHostError(
+            f"PCI devices are being taken or given back for microVM {holder}, for more than "
+            f"{LOCKED_FOR:.0f} s now",
+            hint=f"`systemctl status microvm-pci-devices@{holder}.service` may say what it waits "
+            "for",
+        )
+
+    def _holder(self) -> str:
+        """The VM for which it is held, if that has been written down yet."""
+        return os.pread(self._lock, 256, 0).decode(errors="replace") or "another"
+
+    def _is_ours_now(self) -> bool:
+        try:
+            flock(self._lock, LOCK_EX | LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
 
     def __exit__(self, *_: object) -> None:
         # Closing it is not enough: a process of call_apart that is stuck in the kernel has it, too.
@@ -337,9 +377,8 @@ class Take:
     def apply(self, record: Record) -> None:
         device, host = self.device, self.host
         link = host.pci_device(device.address)
-        if device.driver is None:
-            # Or one that has not let go yet, of a start before this one.
-            _await_settled(device.address, host)
+        # Of a start before this one, a driver may not have let go yet.
+        _await_settled(device.address, host)
         interfaces = reborn.to_fields(device, host)
         # What could not be undone once is still written down as it was before.
         if not any(line[:2] == ["device", device.address] for line in record.read()):
@@ -355,7 +394,7 @@ class Take:
         _write(f"{link}/driver_override", VFIO_PCI)
         if device.driver is not None:
             _unbind(device.address, device.driver, host)
-        _write(host.pci_probe, device.address)
+        _have_bound(host.pci_probe, device.address, VFIO_PCI)
         driver = linked(link, "driver")
         if driver != VFIO_PCI:
             raise MicrovmHostError(
@@ -503,16 +542,15 @@ def _give_back(address: str, driver: str, override: str, vm: str, host: HostPath
         Whether it is; False for a device that is gone or that somebody else has taken.
     """
     link = host.pci_device(address)
-    now = linked(link, "driver") or ""
     if not os.path.isdir(link):
         log.notice(f"{address} is there no more, and so not given back", vm=vm)
         return False
+    _await_settled(address, host)
+    now = linked(link, "driver") or ""
     # Killed at any point, taking leaves no other driver than these.
     if now not in ("", driver, VFIO_PCI):
         log.notice(f"{address} was taken by somebody else for {now} and is left alone", vm=vm)
         return False
-    if not now:
-        _await_settled(address, host)
     if now == driver:
         _set_override(link, override)
         return True
@@ -527,8 +565,13 @@ def _give_back(address: str, driver: str, override: str, vm: str, host: HostPath
         return True
     try:
         _bind(address, driver, vm, host)
-    finally:
+    except _Hangs:
+        # Who wrote the override now would wait as well.
+        raise
+    except MicrovmHostError:
         _set_override(link, override)
+        raise
+    _set_override(link, override)
     return True
 
 
@@ -541,11 +584,13 @@ def _bind(address: str, driver: str, vm: str, host: HostPaths) -> None:
     """Have a driver take a device that has none, and whose override names it."""
     link = host.pci_device(address)
     try:
-        _write(f"{host.pci_driver(driver)}/bind", address)
+        _have_bound(f"{host.pci_driver(driver)}/bind", address, driver)
+    except _Hangs:
+        raise
     except MicrovmHostError:
         # Its module went away meanwhile, or it wants to be found, as at boot.
         _load_driver(driver, link, vm, host)
-        _write(host.pci_probe, address)
+        _have_bound(host.pci_probe, address, driver)
     now = linked(link, "driver") or ""
     if now != driver:
         raise MicrovmHostError(
@@ -556,7 +601,7 @@ def _bind(address: str, driver: str, vm: str, host: HostPaths) -> None:
 
 
 def _await_settled(address: str, host: HostPaths) -> None:
-    """Wait until a driver that was about to let go of a device has done so.
+    """Wait until a driver that was about to take a device, or let go of it, has done so.
 
     Until then the kernel holds the device's lock, on which whoever reads or writes
     `driver_override` waits, where no signal reaches him.
@@ -567,11 +612,19 @@ def _await_settled(address: str, host: HostPaths) -> None:
             lambda: attribute(link, "driver_override"),
             LETS_GO_WITHIN,
             lambda seconds: log.status(
-                f"waiting until a driver has let go of {address}, {seconds:.0f} s"
+                f"waiting until a driver has taken or let go of {address}, {seconds:.0f} s"
             ),
         )
     except OSError as error:
-        raise MicrovmHostError(
+        # The link is there before the driver probes, and gone before it lets go.
+        driver = linked(link, "driver")
+        if driver is not None:
+            raise _Hangs(
+                f"driver {driver} has still not done with taking {address}",
+                path=link,
+                hint=_ASK_THE_KERNEL,
+            ) from error
+        raise _Hangs(
             f"the driver that {address} had has still not let go of it",
             path=link,
             hint=_ASK_THE_KERNEL,
@@ -584,17 +637,26 @@ def _await_closed(address: str, host: HostPaths) -> None:
     Taken away before that, vfio-pci waits in the kernel where no signal reaches the writer.
     """
     group = linked(host.pci_device(address), "iommu_group")
-    deadline = time.monotonic() + LETS_GO_WITHIN
-    while group is not None and _is_open(group, host):
-        if time.monotonic() > deadline:
-            node = host.vfio_group_node(group)
-            raise MicrovmHostError(
-                f"{address} is still in use after {LETS_GO_WITHIN:.0f} s, and so not given back",
-                path=node,
-                hint=f"`fuser -v {node}` shows by whom",
-            )
-        log.status(f"waiting until {address} is in use no more")
+    if group is None or not _is_open(group, host):
+        return
+    for _ in _patiently(LETS_GO_WITHIN, f"waiting until {address} is in use no more"):
+        if not _is_open(group, host):
+            return
+    node = host.vfio_group_node(group)
+    raise MicrovmHostError(
+        f"{address} is still in use after {LETS_GO_WITHIN:.0f} s, and so not given back",
+        path=node,
+        hint=f"`fuser -v {node}` shows by whom",
+    )
+
+
+def _patiently(seconds: float, status: str) -> Iterator[None]:
+    """Come round again for some time, at short intervals, with a status for the unit meanwhile."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        log.status(status)
         time.sleep(0.05)
+        yield
 
 
 def _load_driver(driver: str, link: str, vm: str, host: HostPaths) -> None:
@@ -615,9 +677,13 @@ def _write(path: str, text: str) -> None:
     try:
         _put(path, text)
     except OSError as error:
-        raise MicrovmHostError(
-            f"cannot write {text.strip()!r}: {error.strerror}", path=path, hint=_ASK_THE_KERNEL
-        ) from error
+        raise _refused(path, text, error) from error
+
+
+def _refused(path: str, text: str, error: OSError) -> MicrovmHostError:
+    return MicrovmHostError(
+        f"cannot write {text.strip()!r}: {error.strerror}", path=path, hint=_ASK_THE_KERNEL
+    )
 
 
 def _unbind(address: str, driver: str, host: HostPaths) -> None:
@@ -639,6 +705,34 @@ def _unbind(address: str, driver: str, host: HostPaths) -> None:
             path=path,
             hint=_ASK_THE_KERNEL,
         ) from error
+
+
+def _have_bound(path: str, address: str, driver: str) -> None:
+    """Have a driver take a device, by writing to `bind` or `drivers_probe`.
+
+    Raises:
+        _Hangs: it has not done so in time, and may do so yet.
+        MicrovmHostError: the kernel refuses.
+    """
+    waited = 0.0
+
+    def wait(seconds: float) -> None:
+        nonlocal waited
+        waited = seconds
+        log.status(f"waiting for {driver} to take {address}, {seconds:.0f} s")
+
+    try:
+        # Apart, since the kernel waits for the driver for as long as that takes.
+        process.call_apart(lambda: _put(path, address), TAKES_WITHIN, wait)
+    except OSError as error:
+        # A driver may say ETIMEDOUT itself.
+        if error.errno == ETIMEDOUT and waited >= TAKES_WITHIN:
+            raise _Hangs(
+                f"driver {driver} has not taken {address} within {TAKES_WITHIN:.0f} s",
+                path=path,
+                hint=_ASK_THE_KERNEL,
+            ) from error
+        raise _refused(path, address, error) from error
 
 
 def _put(path: str, text: str) -> None:

@@ -76,7 +76,7 @@ def _undo_shares(record: Record, vm: str, host: HostPaths) -> list[str]:
 
 
 def _undo_pci(record: Record, vm: str, host: HostPaths) -> list[str]:
-    with pci.Exclusive(host):
+    with pci.Exclusive(vm, host):
         return pci.undo(record, host)
 
 

@@ -61,7 +61,7 @@ def pci_up(name: str, host: HostPaths) -> None:
     record = Record(host.record(name, pci.WHAT))
     for last_time in (False, True):
         try:
-            with pci.Exclusive(host):
+            with pci.Exclusive(name, host):
                 steps = pci.plan(name, addresses, identity, host)
                 plan.carry_out(steps, record, lambda done: pci.undo(done, host))
             break
@@ -77,7 +77,7 @@ def pci_down(name: str, host: HostPaths) -> None:
     record = Record(host.record(name, pci.WHAT))
     if not record.read():
         return
-    with pci.Exclusive(host):
+    with pci.Exclusive(name, host):
         plan.take_back(record, lambda done: pci.undo(done, host))
 
 

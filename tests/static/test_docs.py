@@ -190,7 +190,7 @@ def test_mandoc_has_no_warnings(page: Path) -> None:
 
 
 # Raised by these are what an administrator has to make sense of.
-_ERRORS = ("MicrovmHostError", "InUse")
+_ERRORS = ("MicrovmHostError", "InUse", "_Hangs")
 
 
 def messages(module: str) -> Iterator[str]:

@@ -330,6 +330,8 @@ class Kernel:
         # What writing to a driver's `unbind` gives, and those that wait for ever in there.
         self.unbind_error: dict[str, int] = {}
         self.hangs: set[str] = set()
+        # Drivers that wait for ever when they are to take a device.
+        self.hangs_in_probe: set[str] = set()
         # Nodes that somebody has open and that nobody else may open, and errors of any write.
         self.opened: set[str] = set()
         self.write_error: dict[str, int] = {}
@@ -367,7 +369,9 @@ class Kernel:
             raise OSError(self.write_error[str(file)], os.strerror(self.write_error[str(file)]))
         if not file.exists():
             raise FileNotFoundError(ENOENT, os.strerror(ENOENT), path)
-        if file.name == "driver_override" and os.path.lexists(file.with_name(HUNG)):
+        device = Path(self.sysfs.host.pci_device(text))
+        locked = file.parent if file.name == "driver_override" else device
+        if os.path.lexists(locked / HUNG):
             raise Hangs
         if file.name == "driver_override":
             if len(text) >= 4095:
@@ -402,9 +406,17 @@ class Kernel:
         raise Hangs
 
     def let_go(self, *addresses: str) -> None:
-        """End what hangs."""
+        """End what hangs; taking ends well."""
         for address in addresses:
             directory = self.sysfs.pci(address)
+            if (directory / "driver").is_symlink():
+                (directory / HUNG).unlink()
+                driver = self.sysfs.driver_of(address)
+                assert driver is not None
+                self.hangs_in_probe.discard(driver)
+                (directory / "driver").unlink()
+                self._bind(address, driver)
+                continue
             (directory / HUNG).rename(directory / "driver")
             driver = self.sysfs.driver_of(address)
             self.hangs.discard(driver or "")
@@ -422,6 +434,12 @@ class Kernel:
             raise OSError(EBUSY, os.strerror(EBUSY))
         if (driver, address) in self.fails_to_bind:
             raise OSError(EIO, os.strerror(EIO))
+        if driver in self.hangs_in_probe:
+            # In sysfs it has the device already.
+            for link in ("driver", HUNG):
+                directory = self.sysfs.pci(address)
+                (directory / link).symlink_to(self.sysfs.host.pci_driver(driver))
+            raise Hangs
         self.sysfs.bind(address, driver)
         if not is_vfio(driver):
             given = self.interfaces.get(address, ())

@@ -300,13 +300,13 @@ HOLD_LOCK = """\
 import sys
 from microvm_host import pci
 from microvm_host.paths import HostPaths
-with pci.Exclusive(HostPaths(sys.argv[1])):
+with pci.Exclusive("db", HostPaths(sys.argv[1])):
     print("locked", flush=True)
     sys.stdin.read()
 """
 
 
-def test_exclusive(sysfs: Sysfs) -> None:
+def test_exclusive(sysfs: Sysfs, monkeypatch: pytest.MonkeyPatch) -> None:
     holder = subprocess.Popen(
         [sys.executable, "-B", "-c", HOLD_LOCK, str(sysfs.root)],
         stdin=subprocess.PIPE,
@@ -320,11 +320,29 @@ def test_exclusive(sysfs: Sysfs) -> None:
         try:
             with pytest.raises(BlockingIOError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            holder.stdin.close()
+            monkeypatch.setattr(pci, "LOCKED_FOR", 0.2)
+            statuses: list[str] = []
+            monkeypatch.setattr(log, "status", statuses.append)
+            open_before = os.listdir("/proc/self/fd")
+            with pytest.raises(MicrovmHostError) as caught, pci.Exclusive("web", sysfs.host):
+                pass
+            assert os.listdir("/proc/self/fd") == open_before
+            assert str(caught.value) == (
+                "PCI devices are being taken or given back for microVM db, for more than 0 s now; "
+                "`systemctl status microvm-pci-devices@db.service` may say what it waits for"
+            )
+            assert {*statuses} == {
+                "waiting while PCI devices are taken or given back for microVM db"
+            }
+            monkeypatch.setattr(pci, "LOCKED_FOR", 60.0)
+            # Whoever waits has it when the other is done.
+            monkeypatch.setattr(log, "status", lambda text: holder.stdin.close())
+            with pci.Exclusive("web", sysfs.host):
+                assert Path(sysfs.host.pci_lock).read_text() == "web"
             assert holder.wait() == 0
             # Free again, and again after each use.
             for _ in range(2):
-                with pci.Exclusive(sysfs.host), pytest.raises(BlockingIOError):
+                with pci.Exclusive("web", sysfs.host), pytest.raises(BlockingIOError):
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         finally:
             os.close(lock)
@@ -334,9 +352,9 @@ def test_exclusive(sysfs: Sysfs) -> None:
 
 def test_lock_is_freed_by_an_error(sysfs: Sysfs) -> None:
     open_before = os.listdir("/proc/self/fd")
-    with pytest.raises(ZeroDivisionError), pci.Exclusive(sysfs.host):
+    with pytest.raises(ZeroDivisionError), pci.Exclusive("web", sysfs.host):
         raise ZeroDivisionError
-    with pci.Exclusive(sysfs.host):
+    with pci.Exclusive("web", sysfs.host):
         assert os.path.isfile(sysfs.host.pci_lock)
     assert os.listdir("/proc/self/fd") == open_before
 
@@ -348,7 +366,7 @@ def test_lock_is_freed_though_a_process_hangs(
     children = []
     # What waits in the kernel does not notice that it is killed.
     monkeypatch.setattr(os, "kill", lambda pid, signal: children.append(pid))
-    with pytest.raises(TimeoutError), pci.Exclusive(sysfs.host):
+    with pytest.raises(TimeoutError), pci.Exclusive("web", sysfs.host):
         CALL_APART(lambda: time.sleep(60), 0.05, lambda seconds: None)
     monkeypatch.undo()
     lock = os.open(sysfs.host.pci_lock, os.O_RDONLY)
@@ -648,6 +666,59 @@ def test_mate_whose_driver_hangs_still(sysfs: Sysfs, kernel: Kernel) -> None:
         "first: systemctl stop microvm@db.service"
         "; if it is down, `microvm reconcile --apply` gives back what it left"
     ]
+
+
+def test_driver_that_hangs_in_probe(sysfs: Sysfs, kernel: Kernel) -> None:
+    """Its device stays on record, nobody waits in the kernel for it, and the rest is given back."""
+    rich(sysfs, kernel)
+    before = sysfs.picture()
+    record = take(sysfs, CARD, SECOND, VMD)
+    kernel.hangs_in_probe.add("e1000e")
+    assert given_back(sysfs, record) == [
+        "/sys/bus/pci/drivers/e1000e/bind: driver e1000e has not taken 0000:03:00.0 within 60 s; "
+        "`journalctl -k` may have the kernel's reason"
+    ]
+    assert sysfs.driver_of(VMD) == "nvme"
+    assert [line[1] for line in record.read()] == [CARD]
+    still = (
+        "/sys/bus/pci/devices/0000:03:00.0: driver e1000e has still not done with taking "
+        "0000:03:00.0; `journalctl -k` may have the kernel's reason"
+    )
+    assert given_back(sysfs, record) == [still]
+    with pytest.raises(MicrovmHostError, match="has still not done with taking"):
+        take(sysfs, CARD, SECOND)
+    assert problems(sysfs, SECOND, vm="db")[0].startswith("IOMMU group 7 cannot be taken")
+    kernel.let_go(CARD)
+    assert given_back(sysfs, record) == []
+    assert sysfs.picture() == before
+    assert nothing_is_recorded(sysfs.host)
+
+
+def test_vfio_pci_hangs_in_probe(
+    sysfs: Sysfs, kernel: Kernel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rich(sysfs, kernel)
+    before = sysfs.picture()
+    kernel.hangs_in_probe.add("vfio-pci")
+    with pytest.raises(MicrovmHostError, match="vfio-pci has not taken 10000:"):
+        take(sysfs, VMD)
+    assert "driver vfio-pci has still not done with taking" in capsys.readouterr().err
+    kernel.let_go(VMD)
+    assert given_back(sysfs, record_of("web", sysfs.host)) == []
+    assert sysfs.picture() == before
+
+
+def test_driver_that_times_out_by_itself(sysfs: Sysfs, kernel: Kernel) -> None:
+    """That is the kernel's answer, not our patience's end: the override is put right."""
+    sysfs.driver("vfio-pci")
+    sysfs.device(CARD, "e1000e", 7, override="vfio-pci")
+    kernel.adopt()
+    record = take(sysfs, CARD)
+    kernel.write_error[f"{sysfs.host.pci_driver('e1000e')}/bind"] = errno.ETIMEDOUT
+    kernel.fails_to_bind.add(("e1000e", CARD))
+    [found] = given_back(sysfs, record)
+    assert "was not taken back by driver e1000e" in found
+    assert sysfs.override_of(CARD) == "vfio-pci"
 
 
 def test_taken_and_given_back_in_earnest(sysfs: Sysfs, kernel: Kernel) -> None:
