@@ -201,11 +201,12 @@ def _problems_of(device: Device, vm: str, host: HostPaths) -> list[MicrovmHostEr
                 hint="pass through the devices behind it",
             )
         ]
-    if device.group is None:
+    if device.group is None or pcibus.is_unprotected(device.group, host):
         return [
             MicrovmHostError(
                 f"{address} is in no IOMMU group: the IOMMU does not translate for it",
                 path=device.directory,
+                hint="try another slot, or a newer firmware",
             )
         ]
     holder = _holder(address, vm, host)

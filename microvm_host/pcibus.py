@@ -135,7 +135,15 @@ def group_mates(group: str, host: HostPaths) -> list[Device]:
 
 
 def has_iommu(host: HostPaths) -> bool:
-    return bool(entries(host.iommu_groups))
+    return any(not is_unprotected(group, host) for group in entries(host.iommu_groups))
+
+
+def is_unprotected(group: str, host: HostPaths) -> bool:
+    """Whether VFIO made a group up for a device that is behind no IOMMU.
+
+    So it does where somebody set its option `enable_unsafe_noiommu_mode` (drivers/vfio/group.c).
+    """
+    return attribute(f"{host.iommu_groups}/{group}", "name") == "vfio-noiommu"
 
 
 def no_iommu(host: HostPaths) -> MicrovmHostError:
@@ -152,8 +160,17 @@ def no_iommu(host: HostPaths) -> MicrovmHostError:
     switched_off = [
         option for option in options if option in ("intel_iommu=off", "amd_iommu=off", "iommu=off")
     ]
+    is_asked_for = any(
+        option.startswith("intel_iommu=") and "on" in option.partition("=")[2].split(",")
+        for option in options
+    )
     if switched_off:
         hint = f"remove {switched_off[0]} from the kernel's command line and reboot"
+    elif "DMAR" in tables and is_asked_for:
+        hint = (
+            "the firmware has one and intel_iommu=on is given: `dmesg | grep -i -e dmar -e iommu` "
+            "says why it is not used"
+        )
     elif "DMAR" in tables:
         hint = "add intel_iommu=on to the kernel's command line and reboot"
     elif "IVRS" in tables:

@@ -144,8 +144,13 @@ def test_device_in_no_group(sysfs: Sysfs) -> None:
     sysfs.device("0000:04:00.0", "e1000e")
     assert problems(sysfs, "0000:04:00.0") == [
         "/sys/devices/pci0000:04/0000:04:00.0: 0000:04:00.0 is in no IOMMU group: the IOMMU does "
-        "not translate for it"
+        "not translate for it; try another slot, or a newer firmware"
     ]
+    # VFIO's own, where somebody does without an IOMMU.
+    sysfs.device("0000:05:00.0", "vfio-pci", 8)
+    (Path(sysfs.host.iommu_groups) / "8/name").write_text("vfio-noiommu\n")
+    [line] = problems(sysfs, "0000:05:00.0")
+    assert "0000:05:00.0 is in no IOMMU group" in line
 
 
 def test_device_of_another_vm(sysfs: Sysfs, kernel: Kernel) -> None:

@@ -189,6 +189,11 @@ def test_has_iommu(sysfs: Sysfs, tmp_path: Path) -> None:
     assert not pcibus.has_iommu(sysfs.host)
     sysfs.device("0000:03:00.0", group=0)
     assert pcibus.has_iommu(sysfs.host)
+    # Made up by VFIO, for who wants to do without one.
+    sysfs.put("sys/kernel/iommu_groups/0/name", "vfio-noiommu\n")
+    assert not pcibus.has_iommu(sysfs.host)
+    sysfs.device("0000:04:00.0", group=1)
+    assert pcibus.has_iommu(sysfs.host)
     # A kernel without IOMMU_SUPPORT has no such directory.
     assert not pcibus.has_iommu(HostPaths(str(tmp_path)))
 
@@ -202,7 +207,12 @@ def test_has_iommu(sysfs: Sysfs, tmp_path: Path) -> None:
         (["DMAR"], "quiet intel_iommu=off", "remove intel_iommu=off from the kernel's command"),
         (["IVRS"], "amd_iommu=off ro", "remove amd_iommu=off from"),
         (["DMAR"], "iommu=off intel_iommu=on", "remove iommu=off from"),
-        # Another option that ends so.
+        *(
+            (["DMAR"], options, "the firmware has one and intel_iommu=on is given: `dmesg | grep")
+            for options in ("intel_iommu=on", "quiet intel_iommu=sm_on,on iommu=pt")
+        ),
+        # Another option that ends so, or none of its values.
+        (["DMAR"], "intel_iommu=sm_on", "add intel_iommu=on"),
         (["DMAR"], "some.iommu=off", "add intel_iommu=on"),
     ],
 )
