@@ -58,5 +58,6 @@ def take_back(record: Record, undo: Undo) -> None:
         raise MicrovmHostError(
             f"{len(problems)} of the things that were set up could not be undone",
             path=record.path,
-            hint="the log names them; the next start and stop of the VM tries again",
+            hint="the log names them"
+            + ("; `microvm reconcile --apply` tries again" if record.read() else ""),
         )

@@ -113,6 +113,21 @@ def test_take_back_goes_on_and_keeps_the_record(record: Record, said: list[str])
     with pytest.raises(MicrovmHostError, match="2 of the things that were set up") as caught:
         plan.take_back(record, undo)
     assert caught.value.path == record.path
+    assert caught.value.hint == "the log names them; `microvm reconcile --apply` tries again"
     assert undo.undone == ["a"]
     assert said == ["error: web: c is stuck", "error: web: b is stuck"]
     assert len(record.read()) == 3
+
+
+def test_take_back_of_what_is_not_tried_again(record: Record, said: list[str]) -> None:
+    """Told, but nothing that could be undone is left."""
+    Note("a").apply(record)
+
+    def undo(record: Record) -> list[str]:
+        record.clear()
+        return ["a was there no more"]
+
+    with pytest.raises(MicrovmHostError) as caught:
+        plan.take_back(record, undo)
+    assert caught.value.hint == "the log names them"
+    assert said == ["error: web: a was there no more"]
