@@ -333,15 +333,28 @@ def plan(
         for other in found[1:]:
             log.error(str(other), vm=vm)
         raise found[0]
+    return steps(vm, addresses, identity, host)
+
+
+def steps(
+    vm: str,
+    addresses: Sequence[str],
+    identity: Identity,
+    host: HostPaths,
+) -> list[Step]:
+    """What gives a VM its devices, against which nothing stands; see plan."""
     devices = [_one(address, host) for address in addresses]
-    steps: list[Step] = []
+    # What it could not give back when it stopped.
+    lines = Record(host.record(vm, WHAT)).read()
+    former = {line[1]: line[2] for line in lines if line[0] == "device" and len(line) > 2}
+    found: list[Step] = []
     if _lacks_vfio(devices, host):
-        steps.append(LoadVfio(host))
-    steps += [Take(device, host) for device in devices]
+        found.append(LoadVfio(host))
+    found += [Take(device, host, former.get(device.address)) for device in devices]
     for group in _groups(devices):
         inside = tuple(device for device in devices if device.group == group)
-        steps.append(HandOver(group, inside, identity, host))
-    return steps
+        found.append(HandOver(group, inside, identity, host))
+    return found
 
 
 @frozen
@@ -367,9 +380,16 @@ class Take:
 
     device: Device
     host: HostPaths
+    # The driver that it goes back to by the VM's record of before; `` for none.
+    former: str | None = None
 
     def describe(self) -> str:
         device = self.device
+        if device.is_for_vms and self.former not in (None, device.driver):
+            return (
+                f"use {device.address}, which {device.driver} has still, and give it back to "
+                f"{self.former or 'no driver'} when the VM stops"
+            )
         if device.is_for_vms:
             return f"use {device.address}, which {device.driver} has already, and leave it there"
         former = f", now {device.driver}'s" if device.driver else ""

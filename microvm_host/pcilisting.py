@@ -128,6 +128,8 @@ class Check:
     # Those that it has now: all of them if it runs, and otherwise what it could not give back.
     has: tuple[str, ...] = ()
     is_running: bool = False
+    # Whether it is giving back, at this moment, what it has.
+    is_stopping: bool = False
     # What a start would do; nothing while it runs, or if something stands against it.
     steps: tuple[str, ...] = ()
     problems: tuple[MicrovmHostError, ...] = ()
@@ -145,17 +147,21 @@ def check(vm: str, identity: Identity, host: HostPaths) -> Check:
     """
     addresses = runner.load_pci_devices(host.current(vm))
     has = _has(vm, host)
+    is_stopping = False
     if has:
         # Its own unit, not the VM's: in the foreground that is another.
         unit = f"microvm-pci-devices@{vm}.service"
-        if systemd.states(unit).get(unit) in ("activating", "active"):
+        state = systemd.states(unit).get(unit)
+        if state in ("activating", "active"):
             return Check(vm, addresses, has, is_running=True)
+        is_stopping = state == "deactivating"
     problems = pci.problems(vm, addresses, host) if addresses else []
-    steps = [] if problems else pci.plan(vm, addresses, identity, host)
+    steps = pci.steps(vm, addresses, identity, host) if addresses and not problems else []
     return Check(
         vm,
         addresses,
         has,
+        is_stopping=is_stopping,
         steps=tuple(step.describe() for step in steps),
         problems=tuple(problems),
     )

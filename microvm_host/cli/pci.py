@@ -130,7 +130,11 @@ def _print(found: Check) -> None:
     if found.is_running:
         click.echo(f"{found.vm}: runs, and has {', '.join(found.has)}")
         return
-    if found.has:
+    if found.has and found.is_stopping:
+        click.echo(
+            f"microvm: {found.vm} is stopping, and giving back {', '.join(found.has)}", err=True
+        )
+    elif found.has:
         click.echo(
             f"microvm: {found.vm} is down, and could not give back {', '.join(found.has)}; "
             f"`journalctl -u {names.unit(found.vm)}` says why, "

@@ -8,6 +8,7 @@ import os
 import re
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -15,6 +16,7 @@ from click.testing import CliRunner, Result
 from microvm_host import pci, pcilisting, service, systemd
 from microvm_host.cli import commands
 from microvm_host.cli import pci as cli_pci
+from microvm_host.errors import MicrovmHostError
 from microvm_host.identity import Identity
 from microvm_host.paths import HostPaths
 from microvm_host.pciids import Name, Names
@@ -417,6 +419,51 @@ def test_check_of_a_vm_without_devices_and_of_one_that_has_them(
     assert result.stdout.startswith("web: a start would\n  bind 0000:02:00.0 to vfio-pci\n")
     found = json.loads(run("check", "--json", "web").stdout)
     assert (found["running"], found["has"]) == (False, ["0000:01:00.0"])
+
+
+@pytest.mark.usefixtures("devices")
+def test_check_of_a_vm_that_is_stopping(
+    host: HostPaths, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm(host, root, "web", "02:00.0")
+    Record(host.record("web", pci.WHAT)).append("device", "0000:01:00.0", "e1000e", "", "", "")
+    monkeypatch.setattr(systemd, "states", lambda *units: dict.fromkeys(units, "deactivating"))
+    result = run("check", "web")
+    assert result.stderr == "microvm: web is stopping, and giving back 0000:01:00.0\n"
+    assert result.stdout.startswith("web: a start would\n")
+    assert json.loads(run("check", "--json", "web").stdout)["running"] is False
+
+
+@pytest.mark.usefixtures("devices")
+@pytest.mark.parametrize(("former", "said"), [("nvme", "nvme"), ("", "no driver")])
+def test_check_of_what_the_vm_could_not_give_back(
+    host: HostPaths, root: Path, former: str, said: str
+) -> None:
+    """vfio-pci has it for the VM's sake, and not by the administrator's wish."""
+    vm(host, root, "web", "02:00.1")
+    Record(host.record("web", pci.WHAT)).append("device", "0000:02:00.1", former, "", "", "")
+    assert (
+        "  use 0000:02:00.1, which vfio-pci has still, and give it back to "
+        f"{said} when the VM stops\n"
+    ) in run("check", "web").stdout
+    Record(host.record("web", pci.WHAT)).clear()
+    Record(host.record("web", pci.WHAT)).append("device", "0000:02:00.1", "vfio-pci", "", "", "")
+    assert "has already, and leave it there\n" in run("check", "web").stdout
+
+
+@pytest.mark.usefixtures("devices")
+def test_check_looks_once(host: HostPaths, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vm(host, root, "web", "01:00.0")
+    looks: list[str] = []
+    real = pci.problems
+
+    def look(name: str, *given: Any) -> list[MicrovmHostError]:
+        looks.append(name)
+        return real(name, *given)
+
+    monkeypatch.setattr(pci, "problems", look)
+    assert run("check", "web").exit_code == 0
+    assert looks == ["web"]
 
 
 def test_check_of_what_is_not_there(host: HostPaths) -> None:
