@@ -20,6 +20,7 @@ from . import names
 from .paths import HostPaths
 
 ERR, WARNING, NOTICE, INFO = 3, 4, 5, 6
+_PATIENCE = 30.0  # seconds
 
 
 def write(priority: int, message: str, *, vm: str | None = None) -> None:
@@ -105,6 +106,15 @@ def notify(state: str) -> None:
 def status(text: str) -> None:
     """Say in `systemctl status` what is being done."""
     notify(f"STATUS={text}")
+
+
+def waiting(text: str) -> None:
+    """Say so in `systemctl status`, and have systemd be as patient; to be called again and again.
+
+    The unit's timeout is put off, if need be, until some time after the last call. Whoever waits
+    has to see to it that this ends.
+    """
+    notify(f"STATUS={text}\nEXTEND_TIMEOUT_USEC={_PATIENCE * 1e6:.0f}")
 
 
 def kernel(priority: int, message: str, path: str) -> None:

@@ -485,6 +485,8 @@ def undo(record: Record, host: HostPaths) -> list[str]:
     """
     found, kept = [], []
     lines = record.read()
+    # The IOMMU groups that somebody uses still, though he was waited for.
+    in_use = set[str]()
     for line in _undone_in_order(lines):
         try:
             match line:
@@ -494,7 +496,7 @@ def undo(record: Record, host: HostPaths) -> list[str]:
                     and _is_driver(override)
                     and (interfaces := reborn.from_fields(up, down, *marks)) is not None
                 ):
-                    if _give_back(address, driver, override, record.vm, host):
+                    if _give_back(address, driver, override, in_use, record.vm, host):
                         # The device is nobody's now: another VM may have it, and waiting for an
                         # interface that stays away, as one that was unplugged does, helps nobody.
                         found += reborn.restore(address, interfaces, host)
@@ -556,8 +558,13 @@ def _take_back_node(
         pass
 
 
-def _give_back(address: str, driver: str, override: str, vm: str, host: HostPaths) -> bool:
+def _give_back(
+    address: str, driver: str, override: str, in_use: set[str], vm: str, host: HostPaths
+) -> bool:
     """Have a device in the hands of its former driver; of none, if it had none.
+
+    Args:
+        in_use: IOMMU groups that are not waited for any more, to which this one's may be added.
 
     Returns:
         Whether it is; False for a device that is gone or that somebody else has taken.
@@ -579,7 +586,7 @@ def _give_back(address: str, driver: str, override: str, vm: str, host: HostPath
     # while another override stood there, which only then was changed to the former one.
     _set_override(link, driver or override)
     if now == VFIO_PCI:
-        _await_closed(address, host)
+        _await_closed(address, in_use, host)
     if now:
         _unbind(address, now, host)
     if not driver:
@@ -632,7 +639,7 @@ def _await_settled(address: str, host: HostPaths) -> None:
         process.call_apart(
             lambda: attribute(link, "driver_override"),
             LETS_GO_WITHIN,
-            lambda seconds: log.status(
+            lambda seconds: log.waiting(
                 f"waiting until a driver has taken or let go of {address}, {seconds:.0f} s"
             ),
         )
@@ -652,17 +659,19 @@ def _await_settled(address: str, host: HostPaths) -> None:
         ) from error
 
 
-def _await_closed(address: str, host: HostPaths) -> None:
-    """Wait until nobody uses a device by VFIO any more.
+def _await_closed(address: str, in_use: set[str], host: HostPaths) -> None:
+    """Wait until nobody uses a device by VFIO any more; once for all devices of a group.
 
     Taken away before that, vfio-pci waits in the kernel where no signal reaches the writer.
     """
     group = linked(host.pci_device(address), "iommu_group")
     if group is None or not _is_open(group, host):
         return
-    for _ in _patiently(LETS_GO_WITHIN, f"waiting until {address} is in use no more"):
-        if not _is_open(group, host):
-            return
+    if group not in in_use:
+        for _ in _patiently(LETS_GO_WITHIN, f"waiting until {address} is in use no more"):
+            if not _is_open(group, host):
+                return
+    in_use.add(group)
     node = host.vfio_group_node(group)
     raise MicrovmHostError(
         f"{address} is still in use after {LETS_GO_WITHIN:.0f} s, and so not given back",
@@ -674,8 +683,11 @@ def _await_closed(address: str, host: HostPaths) -> None:
 def _patiently(seconds: float, status: str) -> Iterator[None]:
     """Come round again for some time, at short intervals, with a status for the unit meanwhile."""
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        log.status(status)
+    told = 0.0
+    while (now := time.monotonic()) < deadline:
+        if now > told + 1:
+            log.waiting(status)
+            told = now
         time.sleep(0.05)
         yield
 
@@ -715,7 +727,7 @@ def _unbind(address: str, driver: str, host: HostPaths) -> None:
         process.call_apart(
             lambda: _put(path, address),
             LETS_GO_WITHIN,
-            lambda seconds: log.status(
+            lambda seconds: log.waiting(
                 f"waiting for {driver} to let go of {address}, {seconds:.0f} s"
             ),
         )
@@ -740,7 +752,7 @@ def _have_bound(path: str, address: str, driver: str) -> None:
     def wait(seconds: float) -> None:
         nonlocal waited
         waited = seconds
-        log.status(f"waiting for {driver} to take {address}, {seconds:.0f} s")
+        log.waiting(f"waiting for {driver} to take {address}, {seconds:.0f} s")
 
     try:
         # Apart, since the kernel waits for the driver for as long as that takes.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from errno import ENODEV
 
-from . import hostuse, names, pcibus
+from . import hostuse, log, names, pcibus
 from .errors import MicrovmHostError
 from .frozen import frozen
 from .interfaces import IFF_UP, get_flags, rename, set_flags
@@ -123,7 +123,14 @@ def restore(address: str, recorded: Sequence[Interface], host: HostPaths) -> lis
         return []
     deadline = time.monotonic() + APPEARS_WITHIN
     pairs = _pairs(recorded, _present(device, host))
-    while pairs != {each.name: each.name for each in recorded} and time.monotonic() < deadline:
+    told = time.monotonic()
+    while pairs != {each.name: each.name for each in recorded}:
+        now = time.monotonic()
+        if now > deadline:
+            break
+        if now > told + 1:
+            log.waiting(f"waiting for the interfaces of {address}")
+            told = now
         time.sleep(0.01)
         pairs = _pairs(recorded, _present(device, host))
     refused = _rename({now: name for name, now in pairs.items() if now != name})

@@ -101,7 +101,7 @@ def _comes_free(holder: str, host: HostPaths) -> bool:
         if not gives_back:
             # It may have while systemd was asked.
             return not Record(host.record(holder, pci.WHAT)).read()
-        log.status(f"waiting for microVM {holder} to give its PCI devices back")
+        log.waiting(f"waiting for microVM {holder} to give its PCI devices back")
         time.sleep(0.1)
     return True
 

@@ -137,6 +137,11 @@ def test_vm_ends_before_what_it_needs_of_the_host_when_that_shuts_down() -> None
     assert values(name, "DefaultDependencies") == []
 
 
+def test_devices_may_take_their_time_to_be_given_back() -> None:
+    """systemd hears of that from none but the main process, unless it is told to."""
+    assert values("microvm-pci-devices@.service.in", "NotifyAccess") == ["exec"]
+
+
 def test_guard_is_stopped_with_the_vm_and_not_after_it() -> None:
     name, unit = "microvm-guard@.service.in", "microvm-guard@%i.service"
     assert values(name, "PartOf") == ["microvm@%i.service"]

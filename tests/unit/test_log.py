@@ -139,6 +139,8 @@ def test_notify_path(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert listener.recv(4096) == b"READY=1\nSTATUS=Running"
         log.status("Waiting …")
         assert listener.recv(4096) == "STATUS=Waiting …".encode()
+        log.waiting("for it")
+        assert listener.recv(4096) == b"STATUS=for it\nEXTEND_TIMEOUT_USEC=30000000"
 
 
 def test_notify_abstract(monkeypatch: pytest.MonkeyPatch) -> None:

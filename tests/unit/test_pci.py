@@ -327,7 +327,7 @@ def test_exclusive(sysfs: Sysfs, monkeypatch: pytest.MonkeyPatch) -> None:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             monkeypatch.setattr(pci, "LOCKED_FOR", 0.2)
             statuses: list[str] = []
-            monkeypatch.setattr(log, "status", statuses.append)
+            monkeypatch.setattr(log, "waiting", statuses.append)
             open_before = os.listdir("/proc/self/fd")
             with pytest.raises(MicrovmHostError) as caught, pci.Exclusive("web", sysfs.host):
                 pass
@@ -341,7 +341,7 @@ def test_exclusive(sysfs: Sysfs, monkeypatch: pytest.MonkeyPatch) -> None:
             }
             monkeypatch.setattr(pci, "LOCKED_FOR", 60.0)
             # Whoever waits has it when the other is done.
-            monkeypatch.setattr(log, "status", lambda text: holder.stdin.close())
+            monkeypatch.setattr(log, "waiting", lambda text: holder.stdin.close())
             with pci.Exclusive("web", sysfs.host):
                 assert Path(sysfs.host.pci_lock).read_text() == "web"
             assert holder.wait() == 0
@@ -713,6 +713,30 @@ def test_vfio_pci_hangs_in_probe(
     assert sysfs.picture() == before
 
 
+def test_systemd_is_told_to_be_patient(
+    sysfs: Sysfs, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each wait has an end of its own, and a card may have many functions."""
+    rich(sysfs, kernel)
+    told: list[str] = []
+    monkeypatch.setattr(log, "notify", told.append)
+    record = take(sysfs, VMD)
+    kernel.hangs.add("vfio-pci")
+    given_back(sysfs, record)
+    given_back(sysfs, record)
+    kernel.let_go(VMD)
+    kernel.hangs_in_probe.add("nvme")
+    given_back(sysfs, record)
+    assert [line for line in told if "EXTEND" in line] == [
+        f"STATUS=waiting {what}, {seconds} s\nEXTEND_TIMEOUT_USEC=30000000"
+        for what, seconds in (
+            (f"for vfio-pci to let go of {VMD}", 30),
+            (f"until a driver has taken or let go of {VMD}", 30),
+            (f"for nvme to take {VMD}", 60),
+        )
+    ]
+
+
 def test_driver_that_times_out_by_itself(sysfs: Sysfs, kernel: Kernel) -> None:
     """That is the kernel's answer, not our patience's end: the override is put right."""
     sysfs.driver("vfio-pci")
@@ -985,7 +1009,7 @@ def test_still_open(
         if len(waits) == in_use_for:
             kernel.opened.clear()
 
-    monkeypatch.setattr(log, "status", wait)
+    monkeypatch.setattr(log, "waiting", wait)
     if in_use_for is None:
         monkeypatch.setattr(pci, "LETS_GO_WITHIN", 0.05)
         assert given_back(sysfs, record) == [
@@ -996,6 +1020,34 @@ def test_still_open(
         kernel.opened.clear()
     assert given_back(sysfs, record) == []
     assert waits[0] == f"waiting until {VMD} is in use no more"
+    assert sysfs.picture() == before
+
+
+def test_a_group_that_is_still_open_is_waited_for_once(
+    sysfs: Sysfs, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A card of six functions would have its unit wait for three minutes."""
+    rich(sysfs, kernel)
+    before = sysfs.picture()
+    record = take(sysfs, *RICH)
+    kernel.opened |= {sysfs.host.vfio_group_node(group) for group in ("7", "9")}
+    waits: list[float] = []
+    real = pci._patiently
+
+    def patiently(seconds: float, status: str) -> Iterator[None]:
+        waits.append(seconds)
+        return real(0, status)
+
+    monkeypatch.setattr(pci, "_patiently", patiently)
+    found = given_back(sysfs, record)
+    assert [line.partition(" is still in use after 30 s")[0] for line in found] == [
+        f"/dev/vfio/7: {CARD}",
+        f"/dev/vfio/7: {SECOND}",
+        f"/dev/vfio/9: {VMD}",
+    ]
+    assert waits == [30.0, 30.0]
+    kernel.opened.clear()
+    assert given_back(sysfs, record) == []
     assert sysfs.picture() == before
 
 
