@@ -41,6 +41,7 @@ from microvm_host import (
     place,
     process,
     readiness,
+    reborn,
     reconcile,
     runner,
     service,
@@ -415,19 +416,21 @@ def isolate() -> None:
         promise(names.interface_name(name) == name, f"asks for {name!r}")
         return 7
 
-    def give_back(address: str, driver: str, override: str, _host: HostPaths) -> bool:
+    def give_back(address: str, driver: str, override: str, *_: object) -> bool:
         promise(names.pci_address(address) == address and "*" not in address, f"{address!r}")
         promise("/" not in driver + override, f"driver {driver!r} or {override!r}")
         return True
 
-    def bring_up(_address: str, up: list[str], down: list[str], _host: HostPaths) -> None:
-        for name in (*up, *down):
-            promise(names.interface_name(name) == name, f"brings up {name!r}")
+    def restore(_address: str, was: list[reborn.Interface], _host: HostPaths) -> list[str]:
+        for each in was:
+            promise(names.interface_name(each.name) == each.name, f"brings up {each.name!r}")
+            promise(f"{each.mac}{each.port}".isprintable(), f"{each.mac!r}, {each.port!r}")
+        return []
 
     def nothing(*_arguments: object, **_named: object) -> None:
         return None
 
-    def asked(argv: list[str]) -> str:
+    def asked(argv: list[str], **_named: object) -> str:
         raise Broken(f"runs {argv}")
 
     # What systemd gives helpers.
@@ -442,7 +445,7 @@ def isolate() -> None:
         (links, "interface_index", index),
         (interfaces, "_interface_ioctl", asked),
         (pci, "_give_back", give_back),
-        (pci, "_bring_up", bring_up),
+        (reborn, "restore", restore),
         (process, "output", asked),
         (service, "pending_job", lambda name: None),
         (aftermath, "take_note", _note),
