@@ -151,7 +151,8 @@ def restore(address: str, recorded: Sequence[Interface], host: HostPaths) -> lis
                 MicrovmHostError(
                     f"{address} is with its driver again, but its interface {name} cannot be "
                     f"called {each.name} as before: {error}",
-                    hint=f"`ip link set dev {name} name {each.name}` does it when that is mended",
+                    hint=f"`ip link set dev {name} down && ip link set dev {name} name "
+                    f"{each.name}` does it when that is mended",
                 )
             )
         if each.is_up and each.name in pairs:

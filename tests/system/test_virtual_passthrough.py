@@ -754,14 +754,19 @@ def test_a_device_that_is_on_vfio_pci_stays_there(machine: Toolkit, vm: str) -> 
         machine.sh(_FROM_VFIO.format(SPARE_RNG))
 
 
-def test_an_override_is_put_back(machine: Toolkit, vm: str) -> None:
-    override = f"/sys/bus/pci/devices/{SPARE_RNG}/driver_override"
-    machine.sh(f"echo virtio-pci >{override}")
+@pytest.mark.parametrize(
+    ("address", "driver"),
+    # The second is for later: e1000e has the device, and is to have it back.
+    [(SPARE_RNG, "virtio-pci"), (SPARE_E1000E, "vfio-pci")],
+)
+def test_an_override_is_put_back(machine: Toolkit, vm: str, address: str, driver: str) -> None:
+    override = f"/sys/bus/pci/devices/{address}/driver_override"
+    machine.sh(f"echo {driver} >{override}")
     try:
-        machine.create(holder(vm, SPARE_RNG))
+        machine.create(holder(vm, address))
         before = state(machine)
-        assert f"{SPARE_RNG} override virtio-pci" in before
-        start_and_hold(machine, vm, SPARE_RNG)
+        assert f"{address} override {driver}" in before
+        start_and_hold(machine, vm, address)
         machine.systemctl("stop", f"microvm@{vm}")
         await_state(machine, before)
     finally:

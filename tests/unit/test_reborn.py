@@ -204,7 +204,8 @@ def test_a_name_that_somebody_else_has(sysfs: Sysfs, kernel: Kernel) -> None:
     sysfs.interface("lan")
     assert restored(sysfs, recorded) == [
         f"{CARD} is with its driver again, but its interface eth0 cannot be called lan as before: "
-        "interface eth0: File exists; `ip link set dev eth0 name lan` does it when that is mended"
+        "interface eth0: File exists; `ip link set dev eth0 down && ip link set dev eth0 name lan` "
+        "does it when that is mended"
     ]
     # It is up, as it was, and the other has its name.
     assert kernel.get_flags("eth0") & interfaces.IFF_UP
