@@ -11,6 +11,9 @@ systemd 252.
 Each end that nobody asked for, soon after the start, is a line in the record `ends`. The next start
 waits for its turn, longer each time, and after too many of them there is none. A stop that was
 asked for, or a run that was long enough, clears the record: an administrator never waits.
+
+Where it is not the VM that failed, but what was to be set up for its start anew, Restart= does
+nothing more, and `start_again` goes on in its place (microvm-again@.service).
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import os
 import time
 
 from . import control, log, names, process, service
-from .errors import EXIT_CONFIG, MicrovmHostError
+from .errors import EXIT_CONFIG, EXIT_USAGE, MicrovmHostError, one_line
 from .frozen import frozen
 
 TYPE_CHECKING = False
@@ -153,16 +156,22 @@ def take_note(name: str, end: End, said: str | None, limit: int, ends: Record) -
         ends.clear()
         # systemd has already decided to start it again; a stop is what changes its mind.
         process.output(["systemctl", "stop", "--no-block", "--", names.unit(name)])
-        raise MicrovmHostError(
-            f"{what} after {ran:.0f} s; started again {limit} times in a row, it is given up",
-            hint=f"when it is mended: systemctl start {names.unit(name)}",
-        )
+        raise _given_up(name, f"{what} after {ran:.0f} s", limit)
     (log.warning if is_failure else log.info)(
-        f"{what} after {ran:.0f} s; it is started again"
-        + (f", {count} times in a row now" if count > 1 else ""),
-        vm=name,
+        f"{what} after {ran:.0f} s; {_started_again(count)}", vm=name
     )
     return code
+
+
+def _given_up(name: str, what: str, limit: int) -> MicrovmHostError:
+    return MicrovmHostError(
+        f"{what}; started again {limit} times in a row, it is given up",
+        hint=f"when it is mended: systemctl start {names.unit(name)}",
+    )
+
+
+def _started_again(count: int) -> str:
+    return "it is started again" + (f", {count} times in a row now" if count > 1 else "")
 
 
 def _is_wrong_package(end: End) -> bool:
@@ -218,14 +227,21 @@ def wait_for_turn(ends: Record, first_delay: float) -> None:
     if not lines:
         return
     delay = min(first_delay * 2 ** min(len(lines) - 1, 32), max(LONGEST_DELAY, first_delay))
-    now = time.clock_gettime(time.CLOCK_BOOTTIME)
     match lines[-1]:
         case ["end", at, what] if names.is_number(at.replace(".", "", 1)):
             # Not what is yet to come, or it would be waited for as well.
-            until = min(float(at), now) + delay
+            _wait_until(min(float(at), time.clock_gettime(time.CLOCK_BOOTTIME)) + delay, what)
         case strange:
             log.warning(str(ends.strange(strange)))
-            return
+
+
+def _wait_until(until: float, what: str) -> None:
+    """Wait, saying so in the unit's status.
+
+    Args:
+        until: by CLOCK_BOOTTIME.
+        what: what it is started again after.
+    """
     while (rest := until - time.clock_gettime(time.CLOCK_BOOTTIME)) > 0:
         log.notify(
             f"STATUS=Starts again in {rest:.0f} s, since {what}"
@@ -236,5 +252,145 @@ def wait_for_turn(ends: Record, first_delay: float) -> None:
 
 def forget_unless_it_goes_on(name: str, ends: Record) -> None:
     """Clear the record when a VM is undone that is not about to be started again."""
-    if not service.pending_job(name) or os.environ.get("SERVICE_RESULT", "success") != "success":
+    # In this order: that one ends by giving the VM a job. It has been queued before the undoing.
+    if not service.is_busy(names.again_unit(name)) and not service.pending_job(name):
         ends.clear()
+
+
+def start_again(name: str, ends: Record, limit: int, first_delay: float) -> None:
+    """Start a VM anew whose setting up failed in an automatic restart, when it is its turn.
+
+    That counts as an end of the VM. It is none of our business where the VM has a job or runs: then
+    what failed was the undoing for a start that goes on, or somebody else has started it.
+
+    Args:
+        ends: the record of ends that count, which is there only while such a restart goes on.
+        limit: so often it is started again in a row; 0 for ever.
+        first_delay: seconds, as for wait_for_turn.
+
+    Raises:
+        MicrovmHostError: systemd does not answer, or refuses the start.
+    """
+    restart, active, (job, _) = service.properties(
+        name, ("Service", "Restart"), ("Unit", "ActiveState"), ("Unit", "Job")
+    )
+    if job or active not in ("inactive", "failed"):
+        return
+    (undone,) = service.unit_properties(
+        names.undo_unit(name), ("Unit", "InactiveExitTimestampMonotonic")
+    )
+    (begun,) = service.unit_properties(
+        names.set_up_units(name)[0], ("Unit", "InactiveExitTimestampMonotonic")
+    )
+    if undone < begun:
+        # The last start did not fail: somebody has stopped the VM, which ended what set it up.
+        ends.clear()
+        return
+    lines = ends.read()
+    before, failed_at = _when(lines), _by_boot_time(undone)
+    # Otherwise one of us was killed that had noted it already.
+    if failed_at > before + _SAME:
+        failed = _failed_set_up(name, before, failed_at)
+        what = failed.describe() if failed else "what it needs did not come up"
+        is_wrong = failed is not None and failed.status in (EXIT_CONFIG, EXIT_USAGE)
+        if is_wrong or not _starts_again(restart, End("dependency", "", ""), is_failure=True):
+            ends.clear()
+            log.warning(f"{what}; it stays down", vm=name)
+            return
+        if limit and len(lines) + 1 > limit:
+            ends.clear()
+            error = str(_given_up(name, what, limit))
+            # Not by failing, which would start this again.
+            log.status(error)
+            return log.error(error, vm=name)
+        log.warning(f"{what}; {_started_again(len(lines) + 1)}", vm=name)
+        try:
+            ends.append("end", f"{failed_at:.3f}", what)
+        except MicrovmHostError as error:
+            # What there is no space for is often what has failed before.
+            log.warning(f"not counted: {error}", vm=name)
+            _wait_until(time.clock_gettime(time.CLOCK_BOOTTIME) + first_delay, what)
+    wait_for_turn(ends, first_delay)
+    while any(service.is_busy(unit) for unit in names.set_up_units(name)):
+        # Of the undoing.
+        time.sleep(0.05)
+    # Where a stop is pending by now, that is not to be taken back.
+    argv = ["systemctl", "start", "--no-block", "--job-mode=fail", "--", names.unit(name)]
+    process.output(argv)
+
+
+# Seconds between two readings of the clocks for one and the same end; two ends are further apart.
+_SAME = 0.005
+
+
+@frozen
+class _Failed:
+    """A set-up unit that has failed; `status` is that of its exit, None if it did not exit."""
+
+    unit: str
+    status: int | None
+    how: str
+
+    def describe(self) -> str:
+        return f"{self.unit} failed: {self.how}"
+
+
+def _when(lines: list[list[str]]) -> float:
+    """When the last end was, by CLOCK_BOOTTIME; 0 without one, as where there was no space."""
+    match lines:
+        case [*_, ["end", at, _]] if names.is_number(at.replace(".", "", 1)):
+            return float(at)
+    return 0.0
+
+
+def _by_boot_time(microseconds: int) -> float:
+    """A time of systemd's, which does not count while the host is suspended, in ours."""
+    boot, monotonic = map(time.clock_gettime, (time.CLOCK_BOOTTIME, time.CLOCK_MONOTONIC))
+    return microseconds / 1e6 + boot - monotonic
+
+
+def _failed_set_up(name: str, after: float, until: float) -> _Failed | None:
+    """The set-up unit for whose failure the others were undone.
+
+    Args:
+        after: not those of former starts; by CLOCK_BOOTTIME, as all times here.
+        until: when that began; what was ended by it has failed later.
+    """
+    latest, found = after, None
+    for unit in names.set_up_units(name):
+        state, entered, result, code, status, said = service.unit_properties(
+            unit,
+            ("Unit", "ActiveState"),
+            ("Unit", "InactiveEnterTimestampMonotonic"),
+            ("Service", "Result"),
+            ("Service", "ExecMainCode"),
+            ("Service", "ExecMainStatus"),
+            ("Service", "StatusText"),
+        )
+        at = _by_boot_time(entered)
+        if state != "failed" or not latest <= at <= until + _SAME:
+            continue
+        latest = at
+        if code != os.CLD_EXITED:
+            by = f" by signal {status}" if code else ""
+            found = _Failed(unit, None, f"{result}{by}")
+        elif said:
+            # The helper says in its status what was wrong.
+            found = _Failed(unit, status, one_line(said))
+        else:
+            found = _Failed(unit, status, f"exit status {status}")
+    return found
+
+
+def forget_if_told_to(name: str, ends: Record) -> None:
+    """Clear the record when the waiting for a start was ended by somebody."""
+    match service.unit_job(names.again_unit(name)):
+        case ("start", _):
+            # By undoing another start that has failed meanwhile, which is told of next.
+            return
+        case None:
+            told = (os.environ.get("EXIT_CODE"), os.environ.get("EXIT_STATUS"))
+            if told != ("killed", "TERM"):
+                # It has come to its own end, or was killed and is started anew.
+                return
+    ends.clear()

@@ -126,6 +126,7 @@ def rows(
             )
     active = systemd.states(
         names.unit("*"),
+        names.again_unit("*"),
         "microvm-foreground-*.service",
         "microvm-virtiofsd-*.service",
         *names.set_up_units("*"),
@@ -145,6 +146,9 @@ def _active(name: str, active: dict[str, str]) -> str:
     state = active.get(names.unit(name), "inactive")
     if state in ("inactive", "failed"):
         state = active.get(names.foreground_unit(name), state)
+    if state in ("inactive", "failed") and active.get(names.again_unit(name)) == "activating":
+        # It waits for its turn.
+        return "activating"
     if state == "inactive" and "failed" in map(active.get, names.set_up_units(name)):
         return "failed"
     return state

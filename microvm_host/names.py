@@ -274,6 +274,21 @@ def guard_unit(name: str) -> str:
     return f"microvm-guard@{name}.service"
 
 
+def set_up_target(name: str) -> str:
+    """The unit that stands for all of these."""
+    return f"microvm-set-up@{name}.target"
+
+
+def undo_unit(name: str) -> str:
+    """The unit that is reached when one of them did not come up."""
+    return f"microvm-undo@{name}.target"
+
+
+def again_unit(name: str) -> str:
+    """The unit that starts a VM anew when that has happened in an automatic restart."""
+    return f"microvm-again@{name}.service"
+
+
 def foreground_unit(name: str) -> str:
     """The transient unit of `microvm run`."""
     return f"microvm-foreground-{escape(name)}.service"

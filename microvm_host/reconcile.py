@@ -375,6 +375,7 @@ class _Seen:
 
     def __init__(self) -> None:
         patterns = [names.unit("*"), "microvm-foreground-*.service", *names.set_up_units("*")]
+        patterns.append(names.again_unit("*"))
         # In this order: what is done with a job by then shows in the state.
         self._jobs = systemd.jobs(*patterns)
         self._states = systemd.states(*patterns, "microvm-virtiofsd-*")
@@ -387,7 +388,7 @@ class _Seen:
 
     def is_live(self, vm: str) -> bool:
         """Whether a VM runs, starts or stops."""
-        services = [names.unit(vm), names.foreground_unit(vm)]
+        services = [names.unit(vm), names.foreground_unit(vm), names.again_unit(vm)]
         set_up = names.set_up_units(vm)
         return (
             any(self._states.get(unit) in RUNNING for unit in services)

@@ -87,6 +87,12 @@ def pending_job(name: str) -> tuple[str, str] | None:
     return unit_job(names.unit(name))
 
 
+def is_busy(unit: str) -> bool:
+    """Whether a unit is on its way up or down; raises MicrovmHostError."""
+    state, (job, _) = unit_properties(unit, ("Unit", "ActiveState"), ("Unit", "Job"))
+    return bool(job) or state not in ("active", "inactive", "failed")
+
+
 def unit_job(unit: str) -> tuple[str, str] | None:
     """The same of any unit."""
     # One that comes to its end between the questions may have made room for another.

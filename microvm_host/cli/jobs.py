@@ -169,7 +169,7 @@ def run_in_foreground(vm: str, host: HostPaths) -> NoReturn:
         raise MicrovmHostError(
             f"microVM {vm} is {found['ActiveState']} already", hint=f"microvm stop {vm}"
         )
-    set_up = names.set_up_units(vm)
+    set_up = [*names.set_up_units(vm), names.set_up_target(vm)]
     # Installed beside the package.
     package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     helper = f"{os.path.dirname(package)}/helper"

@@ -72,11 +72,6 @@ def unset_booted(name: str, host: HostPaths) -> None:
     is_ours = not os.path.islink(host.vm(name))
     if is_ours:
         remove_sockets(booted.record(name, host), host.vm(name))
-    ends = Record(host.record(name, "ends"))
-    if os.path.exists(ends.path):
-        from .. import aftermath
-
-        aftermath.forget_unless_it_goes_on(name, ends)
     private = Record(host.record(name, "private-files"))
     if os.path.exists(private.path):
         from .. import handover
@@ -84,6 +79,12 @@ def unset_booted(name: str, host: HostPaths) -> None:
         handover.take_back(name, private, host)
     Record(host.record(name, "lost-shares")).clear()
     booted.record(name, host).clear()
+    # Late: a stop may come as long as this runs.
+    ends = Record(host.record(name, "ends"))
+    if os.path.exists(ends.path):
+        from .. import aftermath
+
+        aftermath.forget_unless_it_goes_on(name, ends)
     # Last: what the VM's user has put in its place is not to keep the records.
     try:
         if is_ours:

@@ -27,6 +27,8 @@ VERBS = {
     "stop": ("running", "stop"),
     "guard": ("ending", "guard"),
     "ended": ("ending", "ended"),
+    "again": ("again", "again"),
+    "again-over": ("again", "over"),
     "install": ("besides", "install"),
 }
 # These are called with the instance of a share's unit in place of a VM's name.

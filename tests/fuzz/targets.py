@@ -448,6 +448,7 @@ def isolate() -> None:
         (reborn, "restore", restore),
         (process, "output", asked),
         (service, "pending_job", lambda name: None),
+        (service, "is_busy", lambda unit: False),
         (aftermath, "take_note", _note),
         (hypervisor, "stop", lambda pid, ways, times: None),
         (readiness, "Listener", _listen),

@@ -262,6 +262,9 @@ PCI = (
         *("_struct", "fcntl", "struct", "time"),
     }
 )
+AGAIN = (
+    SERVICE | ours("aftermath", "control", "helper.again", "helper.settings", "process") | {"time"}
+)
 BUDGET: dict[str, set[str]] = {
     "set-booted": BOOTING | READS | SERVICE | ours("state", "trust") | {"grp", "pwd"},
     "unset-booted": BOOTING,
@@ -281,6 +284,9 @@ BUDGET: dict[str, set[str]] = {
     | ours("guard", "hypervisor", "process")
     | {"_signal", "select", "time"},
     "stop": RUNNING | ours("hypervisor") | {"_signal", "select", "time"},
+    # Where a start has failed.
+    "again": AGAIN,
+    "again-over": AGAIN,
     # After the hypervisor has gone.
     "ended": ENDING | SERVICE | ours("aftermath", "control", "process") | {"time"},
 }
@@ -331,10 +337,17 @@ SAYS = {
     ("Service", "TimeoutStartUSec"): ("t", 90_000_000),
     ("Service", "Restart"): ("s", "always"),
     ("Service", "MainPID"): ("u", 0),
+    ("Service", "Environment"): ("as", ["MICROVM_RESTART_SECONDS=0.1"]),
+    ("Service", "Result"): ("s", "exit-code"),
+    ("Service", "ExecMainCode"): ("i", 1),
+    ("Service", "ExecMainStatus"): ("i", 1),
+    ("Service", "StatusText"): ("s", "it is not there"),
     ("Service", "ExecMainStartTimestampMonotonic"): ("t", 1_000_000),
     ("Service", "ExecMainExitTimestampMonotonic"): ("t", 3_000_000),
     ("Unit", "ActiveEnterTimestampMonotonic"): ("t", 2_000_000),
     ("Unit", "ActiveState"): ("s", "inactive"),
+    ("Unit", "InactiveEnterTimestampMonotonic"): ("t", 4_000_000),
+    ("Unit", "InactiveExitTimestampMonotonic"): ("t", 4_000_000),
     ("Unit", "Job"): ("(uo)", (0, "/")),
 }
 

@@ -21,6 +21,7 @@ SET_UP = [
 ]
 MORE_SERVICES = [
     "install-microvm@.service.in",
+    "microvm-again@.service.in",
     "microvm-guard@.service.in",
     "microvm-machined@.service.in",
     "microvm-share-lost@.service.in",
@@ -51,7 +52,8 @@ def values(name: str, key: str) -> list[str]:
 
 def test_each_unit_is_known_here() -> None:
     assert [path.name for path in UNITS] == sorted(
-        [*SET_UP, *MORE_SERVICES] + ["microvm-undo@.target", "microvms.target"]
+        [*SET_UP, *MORE_SERVICES]
+        + ["microvm-set-up@.target", "microvm-undo@.target", "microvms.target"]
     )
 
 
@@ -140,6 +142,26 @@ def test_vm_ends_before_what_it_needs_of_the_host_when_that_shuts_down() -> None
 def test_devices_may_take_their_time_to_be_given_back() -> None:
     """systemd hears of that from none but the main process, unless it is told to."""
     assert values("microvm-pci-devices@.service.in", "NotifyAccess") == ["exec"]
+
+
+def test_what_failed_to_start_is_undone_and_what_failed_to_end_is_not() -> None:
+    """In a restart, the latter would take back the start."""
+    target, units = (
+        "microvm-set-up@.target",
+        [name.removesuffix(".in").replace("@.", "@%i.") for name in SET_UP],
+    )
+    assert sorted(values(target, "Requires")) == sorted(values(target, "After")) == sorted(units)
+    assert values(target, "PartOf") == ["microvm@%i.service"]
+    assert values(target, "StopWhenUnneeded") == ["yes"]
+    for key in ("Requires", "After"):
+        assert "microvm-set-up@%i.target" in values("microvm@.service.in", key)
+    # Only one of those may be what leads there, and each to a start anew.
+    leads = {path.name: values(path.name, "OnFailure") for path in UNITS}
+    assert {name: found for name, found in leads.items() if found} == {
+        target: ["microvm-undo@%i.target"],
+        **{name: ["microvm-again@%i.service"] for name in SET_UP},
+    }
+    assert values("microvm-again@.service.in", "PartOf") == ["microvm@%i.service"]
 
 
 def test_guard_is_stopped_with_the_vm_and_not_after_it() -> None:

@@ -66,6 +66,9 @@ _CALLED_BY = {
     "virtiofsd-up": ("microvm-virtiofsd@", "ExecStart="),
     "virtiofsd-down": ("microvm-virtiofsd@", "ExecStopPost="),
     "register": ("microvm-machined@", "ExecStart="),
+    "again": ("microvm-again@", "ExecStart="),
+    "again-over": ("microvm-again@", "ExecStopPost="),
+    "install": ("install-microvm@", "ExecStart="),
     "guard": ("microvm-guard@", "ExecStop="),
     "share-lost": ("microvm-share-lost@", "ExecStart="),
     "start": ("microvm@", "ExecStart="),
@@ -105,7 +108,8 @@ def shooting(toolkit: Toolkit, verb: str) -> Iterator[Shooting]:
     unit, setting = _CALLED_BY[verb]
     helper = "/usr/local/lib/microvm-host/helper"
     directory = f"/run/systemd/system/{unit}.service.d"
-    toolkit.sh(f"rm -rf {_PLACE}; mkdir -m 777 {_PLACE}")
+    # There may be another verb that is shot at the same time.
+    toolkit.sh(f"mkdir -p -m 777 {_PLACE}; rm -f {_PLACE}/{verb} {_PLACE}/shot")
     toolkit.host.write(
         f"{_PLACE}/helper", _SCRIPT.replace("@place@", _PLACE).replace("@helper@", helper)
     )

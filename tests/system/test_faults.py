@@ -14,11 +14,14 @@ Each test says so in its docstring; that nothing is left holds after all of them
     helpers of PCI devices killed               test_virtual_passthrough
     50 rounds with PCI devices                  test_virtual_passthrough
     helpers of macvtaps killed                  test_virtual
+    the helper that installs killed             test_declared
+    processes that wait for a guest killed      test_ready
     500 rounds                                  test_rounds
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 import pytest
@@ -144,6 +147,133 @@ def test_a_helper_that_undoes_is_killed(toolkit: Toolkit, vm: str, verb: str) ->
                     done = toolkit.host.run(["microvm", "reconcile", "--apply"], check=False)
                     assert done.returncode == 0, f"{done.stdout}{done.stderr} after {what}"
                 leaves_nothing(toolkit, before, f"{way} after {what}")
+
+
+# What a unit sets up by, and the unit; and what undoes it.
+_SETS_UP = {
+    "set-booted": "microvm-set-booted",
+    "tap-interfaces-up": "microvm-tap-interfaces",
+    "virtiofsd-up": "microvm-virtiofsd",
+}
+_UNDOES = ("unset-booted", "tap-interfaces-down", "virtiofsd-down")
+
+
+@pytest.mark.parametrize("verb", [*_SETS_UP, *_UNDOES])
+def test_a_helper_is_killed_in_an_automatic_restart(toolkit: Toolkit, vm: str, verb: str) -> None:
+    """As by the shortage of memory that ended the hypervisor: the VM is up again, and whole."""
+    toolkit.sh("mkdir -p /srv/data")
+    declare(toolkit, stub(vm), restart_delay="100ms", restart_limit=0)
+    before = toolkit.footprint()
+    with shooting(toolkit, verb) as shots:
+        for at in rounds([1], range(1, 100)):
+            toolkit.systemctl("start", f"microvm@{vm}")
+            lines = len(toolkit.journal(vm))
+            shots.arm(at)
+            crash(toolkit, vm)
+            shot = shots.seen()
+            what = f"{verb} that was killed before {at}, {shot}"
+            if at > 1 and not shot:
+                # It does not do that much.
+                toolkit.host.run(["microvm", "stop", vm])
+                break
+            is_whole(toolkit, vm)
+            said = [line for line in toolkit.journal(vm)[lines:] if "it is started again" in line]
+            if verb in _SETS_UP:
+                unit = f"{_SETS_UP[verb]}@{vm}.service"
+                assert said[1:] == [
+                    f"{unit} failed: signal by signal 9; it is started again, 2 times in a row now"
+                ], what
+            else:
+                # What could not be undone the restart has found and done.
+                assert len(said) == 1, what
+            toolkit.host.run(["microvm", "stop", vm])
+            leaves_nothing(toolkit, before, what)
+
+
+@pytest.mark.parametrize("verb", ["again", "again-over"])
+def test_the_helper_that_starts_a_vm_again_is_killed(toolkit: Toolkit, vm: str, verb: str) -> None:
+    """It is killed as well as what sets up: the VM is up again, and each end counts once."""
+    toolkit.sh("mkdir -p /srv/data")
+    declare(toolkit, stub(vm), restart_delay="100ms", restart_limit=0)
+    before = toolkit.footprint()
+    with shooting(toolkit, "tap-interfaces-up") as others, shooting(toolkit, verb) as shots:
+        toolkit.systemctl("start", f"microvm@{vm}")
+        others.arm(1)
+        shots.watch()
+        crash(toolkit, vm)
+        # The last ones may be of the other, which is told of in the same place.
+        effects = len(shots.seen()) - 1
+        toolkit.host.run(["microvm", "stop", vm])
+        for at in spread(effects, 2):
+            toolkit.systemctl("start", f"microvm@{vm}")
+            others.arm(1)
+            shots.arm(at)
+            crash(toolkit, vm)
+            what = f"{verb} that was killed before {at}, {shots.seen()}"
+            is_whole(toolkit, vm)
+            count = len(toolkit.sh(f"cat /run/microvm-host/{vm}/ends").splitlines())
+            assert count == 2, what
+            toolkit.host.run(["microvm", "stop", vm])
+            leaves_nothing(toolkit, before, what)
+
+
+@pytest.mark.core
+def test_what_cannot_be_set_up_after_a_crash_is_given_up(toolkit: Toolkit, vm: str) -> None:
+    """It is tried as often as for any end, and the status says what was wrong at last."""
+    unit, before = f"microvm@{vm}", toolkit.footprint()
+    lose_source_and_crash(toolkit, vm, restart_delay="100ms", restart_limit=2)
+    lines = toolkit.await_line(vm, "started again 2 times in a row, it is given up")
+    # For the hypervisor, and for the share.
+    assert len([line for line in lines if "it is started again" in line]) == 2
+    last = next(line for line in lines if "it is given up" in line)
+    assert last.startswith(f"microvm-virtiofsd@{vm}.service failed: ")
+    assert "/srv/gone" in last
+    assert last.endswith(f"when it is mended: systemctl start {unit}.service")
+    assert last in toolkit.status(vm)
+    assert f"{vm}: current({vm}), failed" in toolkit.sh(f"microvm list {vm}")
+    leaves_nothing(toolkit, before, "a VM that was given up")
+    toolkit.sh("mkdir /srv/gone")
+    toolkit.systemctl("start", unit)
+    assert toolkit.property(unit, "ActiveState") == "active"
+
+
+@pytest.mark.core
+def test_an_administrator_is_heeded_while_a_vm_waits_to_be_set_up(
+    toolkit: Toolkit, vm: str
+) -> None:
+    """A restart does not wait, and a stop is the last word."""
+    unit, again, before = f"microvm@{vm}", f"microvm-again@{vm}", toolkit.footprint()
+    for verb in ("stop", "restart"):
+        lose_source_and_crash(toolkit, vm, restart_delay="1h")
+        eventually(
+            lambda: toolkit.sh(f"systemctl show -P ActiveState -P StatusText {again}", check=False),
+            # What it said last, it says when it has ended as well.
+            lambda text: "Starts again in " in text and "activating" in text,
+            20,
+            "it does not wait",
+        )
+        assert toolkit.sh(f"microvm list {vm}") == f"{vm}: current({vm}), activating\n"
+        # What belongs to it is none of anybody's leftovers.
+        assert vm not in toolkit.sh("microvm reconcile", check=False)
+        toolkit.sh("mkdir /srv/gone")
+        toolkit.systemctl(verb, unit)
+        wanted = "active" if verb == "restart" else "inactive"
+        assert toolkit.property(unit, "ActiveState") == wanted
+        if verb == "stop":
+            leaves_nothing(toolkit, before, "a stop in the waiting")
+    assert not toolkit.host.exists(f"/run/microvm-host/{vm}/ends")
+    assert toolkit.property(again, "ActiveState") == "inactive"
+
+
+def lose_source_and_crash(toolkit: Toolkit, vm: str, **settings: object) -> None:
+    """Start a VM with a share, take away what it shares, and kill its hypervisor."""
+    toolkit.sh("mkdir -p /srv/data /srv/gone")
+    if not toolkit.host.exists(f"/etc/microvms/{vm}.toml"):
+        package = stub(vm)
+        gone = dataclasses.replace(package.shares[0], source="/srv/gone")
+        declare(toolkit, dataclasses.replace(package, shares=(gone, package.shares[1])), **settings)
+    toolkit.systemctl("start", f"microvm@{vm}")
+    toolkit.sh(f"rmdir /srv/gone; kill -KILL {toolkit.property(f'microvm@{vm}', 'MainPID')}")
 
 
 def test_the_helper_that_becomes_the_hypervisor_is_killed(toolkit: Toolkit, vm: str) -> None:

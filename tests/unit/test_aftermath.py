@@ -29,7 +29,12 @@ class FakeSystemd:
         self.restart = "always"
         self.ran = 0.5
         self.became_active = True
+        self.active = "active"
         self.told: list[list[str]] = []
+        self.job_again = ""
+        self.busy: set[str] = set()
+        # Properties of other units.
+        self.others: dict[str, dict[str, str | int]] = {}
 
     def output(self, argv: list[str]) -> str:
         self.told.append(argv)
@@ -39,9 +44,22 @@ class FakeSystemd:
         assert name == "web"
         return tuple(self.job.split()) or None
 
-    def properties(self, name: str, *wanted: tuple[str, str]) -> list[str | int]:
+    def unit_job(self, unit: str) -> tuple[str, ...] | None:
+        assert unit == "microvm-again@web.service"
+        return tuple(self.job_again.split()) or None
+
+    def is_busy(self, unit: str) -> bool:
+        return unit in self.busy
+
+    def properties_of(self, unit: str, *wanted: tuple[str, str]) -> list[str | int]:
+        nothing: dict[str, str | int] = {"ActiveState": "inactive"}
+        return [self.others.get(unit, nothing).get(each, 0) for _, each in wanted]
+
+    def properties(self, name: str, *wanted: tuple[str, str]) -> list[object]:
         assert name == "web"
-        found: dict[str, str | int] = {
+        found: dict[str, object] = {
+            "ActiveState": self.active,
+            "Job": (7, "/job") if self.job else (0, "/"),
             "Restart": self.restart,
             "ActiveEnterTimestampMonotonic": 2_000_000 if self.became_active else 900_000,
             "ExecMainStartTimestampMonotonic": 1_000_000,
@@ -55,7 +73,8 @@ def systemd(monkeypatch: pytest.MonkeyPatch) -> FakeSystemd:
     fake = FakeSystemd()
     monkeypatch.setattr(process, "output", fake.output)
     monkeypatch.setattr(service, "pending_job", fake.pending_job)
-    monkeypatch.setattr(service, "properties", fake.properties)
+    for each in ("properties", "unit_properties", "unit_job", "is_busy"):
+        monkeypatch.setattr(service, each, getattr(fake, each))
     return fake
 
 
@@ -296,23 +315,201 @@ def test_an_end_yet_to_come_is_not_waited_for(
 
 
 @pytest.mark.parametrize(
-    ("job", "result", "kept"),
-    [
-        ("start waiting", "success", 1),
-        ("", "success", 0),
-        ("start waiting", "exit-code", 0),
-    ],
+    ("job", "again", "kept"),
+    [("start waiting", False, 1), ("", False, 0), ("", True, 1), ("start waiting", True, 1)],
 )
 def test_undoing_forgets_unless_a_start_follows(
     systemd: FakeSystemd,
     ends: Record,
-    monkeypatch: pytest.MonkeyPatch,
     job: str,
-    result: str,
+    again: bool,
     kept: int,
 ) -> None:
     ends.append("end", "1.0", "x")
     systemd.job = job
-    monkeypatch.setenv("SERVICE_RESULT", result)
+    systemd.busy = {"microvm-again@web.service"} if again else set()
     aftermath.forget_unless_it_goes_on("web", ends)
+    assert len(ends.read()) == kept
+
+
+# ---- starts that fail where the VM is set up
+
+UNDONE = 5_000_000  # microseconds
+TAPS = "microvm-tap-interfaces@web.service"
+
+
+@pytest.fixture
+def failed(systemd: FakeSystemd, slept: list[float]) -> FakeSystemd:
+    """Its taps were not set up in the last automatic restart."""
+    slept[0] = 5.1
+    systemd.active = "inactive"
+    systemd.others = {
+        "microvm-undo@web.target": {"InactiveExitTimestampMonotonic": UNDONE},
+        "microvm-set-booted@web.service": {"InactiveExitTimestampMonotonic": 4_500_000},
+        TAPS: as_failed(4_999_000, "no such bridge", 1),
+        # Ended by the undoing, and in an earlier start.
+        "microvm-virtiofsd@web.service": as_failed(5_050_000, "", 15, code=2, result="signal"),
+        "microvm-pci-devices@web.service": as_failed(3_000_000, "", 78),
+    }
+    return systemd
+
+
+def as_failed(
+    at: int, said: str, status: int, *, code: int = 1, result: str = "exit-code"
+) -> dict[str, str | int]:
+    return {
+        "ActiveState": "failed",
+        "InactiveEnterTimestampMonotonic": at,
+        "Result": result,
+        "ExecMainCode": code,
+        "ExecMainStatus": status,
+        "StatusText": said,
+    }
+
+
+START = ["systemctl", "start", "--no-block", "--job-mode=fail", "--", "microvm@web.service"]
+
+
+def test_a_vm_that_was_not_set_up_is_started_again(
+    failed: FakeSystemd, said: list[str], ends: Record, slept: list[float]
+) -> None:
+    ends.append("end", "4.0", "it crashed")
+    aftermath.start_again("web", ends, 10, 5.0)
+    why = f"{TAPS} failed: no such bridge"
+    assert said[0] == f"warning: {why}; it is started again, 2 times in a row now"
+    assert said[1].startswith(f"STATUS=Starts again in 10 s, since {why}\n")
+    assert ends.read()[1:] == [["end", "5.000", why]]
+    # Of two in a row, from the time at which it failed.
+    assert slept[0] == pytest.approx(15)
+    assert failed.told == [START]
+
+
+def test_a_killed_helper_counts_no_end_twice(
+    failed: FakeSystemd, said: list[str], ends: Record
+) -> None:
+    ends.append("end", "5.000", "x")
+    aftermath.start_again("web", ends, 1, 5.0)
+    assert (len(ends.read()), failed.told) == (1, [START])
+
+
+@pytest.mark.parametrize(
+    ("state", "how"),
+    [
+        (as_failed(4_999_000, "", 9, code=2, result="signal"), "signal by signal 9"),
+        (as_failed(4_999_000, "", 9, code=2, result="oom-kill"), "oom-kill by signal 9"),
+        (as_failed(4_999_000, "", 0, code=0, result="resources"), "resources"),
+        (as_failed(4_999_000, "", 3), "exit status 3"),
+    ],
+)
+def test_why_it_was_not_set_up(
+    failed: FakeSystemd, said: list[str], ends: Record, state: dict[str, str | int], how: str
+) -> None:
+    ends.append("end", "4.0", "it crashed")
+    failed.others[TAPS] = state
+    aftermath.start_again("web", ends, 10, 5.0)
+    assert said[0].startswith(f"warning: {TAPS} failed: {how}; it is started again")
+
+
+def test_one_that_cannot_be_set_up_is_given_up(
+    failed: FakeSystemd, said: list[str], ends: Record
+) -> None:
+    ends.append("end", "3.0", "it crashed")
+    ends.append("end", "4.0", "not set up")
+    aftermath.start_again("web", ends, 2, 5.0)
+    assert said[-1] == (
+        f"error: {TAPS} failed: no such bridge; started again 2 times in a row, it is given up; "
+        "when it is mended: systemctl start microvm@web.service"
+    )
+    assert (ends.read(), failed.told) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("restart", "status", "starts"),
+    [
+        ("always", 1, True),
+        ("on-failure", 1, True),
+        ("no", 1, False),
+        ("on-success", 1, False),
+        ("always", 78, False),
+        ("always", 2, False),
+    ],
+)
+def test_policy_and_wrong_packages_are_heeded(
+    failed: FakeSystemd, said: list[str], ends: Record, restart: str, status: int, starts: bool
+) -> None:
+    ends.append("end", "4.0", "it crashed")
+    failed.restart = restart
+    failed.others[TAPS]["ExecMainStatus"] = status
+    aftermath.start_again("web", ends, 10, 5.0)
+    assert failed.told == ([START] if starts else [])
+    assert len(ends.read()) == (2 if starts else 0)
+    assert said[0].endswith("it stays down") == (not starts)
+
+
+def test_a_start_that_goes_on_is_left_alone(
+    failed: FakeSystemd, said: list[str], ends: Record
+) -> None:
+    ends.append("end", "4.0", "it crashed")
+    failed.job = "start waiting"
+    aftermath.start_again("web", ends, 10, 5.0)
+    failed.job, failed.active = "", "active"
+    aftermath.start_again("web", ends, 10, 5.0)
+    assert (len(ends.read()), failed.told, said) == (1, [], [])
+
+
+def test_a_stop_that_ended_what_sets_up_is_the_last_word(
+    failed: FakeSystemd, said: list[str], ends: Record
+) -> None:
+    """In the start after the one that had failed: the last undoing is older than that."""
+    ends.append("end", "5.000", "x")
+    failed.others["microvm-set-booted@web.service"]["InactiveExitTimestampMonotonic"] = 5_020_000
+    aftermath.start_again("web", ends, 10, 5.0)
+    assert (ends.read(), failed.told, said) == ([], [], [])
+
+
+def test_an_end_that_cannot_be_written_down_is_waited_for_nevertheless(
+    failed: FakeSystemd, said: list[str], ends: Record, slept: list[float]
+) -> None:
+    os.makedirs(os.path.dirname(ends.path))
+    with open(ends.path, "w", encoding="ascii"):
+        pass
+
+    def no_space(*fields: str) -> None:
+        raise MicrovmHostError("No space left on device", path=ends.path)
+
+    ends.append = no_space  # type: ignore[method-assign]
+    aftermath.start_again("web", ends, 10, 5.0)
+    assert any(line.startswith("warning: not counted: ") for line in said)
+    assert slept[0] == pytest.approx(10.1)
+    assert failed.told == [START]
+
+
+@pytest.mark.parametrize(
+    ("job", "code", "status", "kept"),
+    [
+        # It has queued a start; was killed, and is started anew; failed, likewise.
+        ("", "exited", "0", 1),
+        ("", "killed", "KILL", 1),
+        ("", "exited", "1", 1),
+        ("stop running", "killed", "TERM", 0),
+        ("stop running", "exited", "1", 0),
+        ("restart running", "killed", "TERM", 0),
+        ("start waiting", "killed", "TERM", 1),
+        ("", "killed", "TERM", 0),
+    ],
+)
+def test_waiting_that_was_ended_is_forgotten(
+    systemd: FakeSystemd,
+    ends: Record,
+    monkeypatch: pytest.MonkeyPatch,
+    job: str,
+    code: str,
+    status: str,
+    kept: int,
+) -> None:
+    ends.append("end", "1.0", "x")
+    systemd.job_again = job
+    monkeypatch.setenv("EXIT_CODE", code)
+    monkeypatch.setenv("EXIT_STATUS", status)
+    aftermath.forget_if_told_to("web", ends)
     assert len(ends.read()) == kept

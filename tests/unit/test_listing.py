@@ -239,3 +239,21 @@ def test_a_damaged_record_of_lost_shares_hides_no_vm(host: HostPaths) -> None:
     assert listing._lost("web", {}, host) == ("b",)
     Path(host.record("web", "lost-shares")).write_bytes(b"\xff\n")
     assert listing._lost("web", {}, host) == ()
+
+
+@pytest.mark.parametrize(
+    ("vm", "again", "shown"),
+    [
+        ("inactive", "activating", "activating"),
+        ("failed", "activating", "activating"),
+        ("inactive", "inactive", "failed"),
+        ("active", "activating", "active"),
+    ],
+)
+def test_one_that_waits_to_be_set_up_again(vm: str, again: str, shown: str) -> None:
+    active = {
+        "microvm@web.service": vm,
+        "microvm-again@web.service": again,
+        "microvm-tap-interfaces@web.service": "failed",
+    }
+    assert listing._active("web", active) == shown

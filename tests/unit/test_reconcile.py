@@ -108,6 +108,7 @@ def test_nothing(host: HostPaths) -> None:
     [
         "microvm@web.service",
         "microvm-foreground-web.service",
+        "microvm-again@web.service",
         "microvm-tap-interfaces@web.service",
         "microvm-set-booted@web.service",
     ],

@@ -97,6 +97,27 @@ def test_pending_job(systemd: FakeSystemd) -> None:
     assert service.pending_job("web") is None
 
 
+@pytest.mark.parametrize(
+    ("state", "job", "is_busy"),
+    [
+        ("inactive", 0, False),
+        ("failed", 0, False),
+        ("active", 0, False),
+        ("active", 7, True),
+        ("inactive", 7, True),
+        ("activating", 0, True),
+        ("deactivating", 0, True),
+    ],
+)
+def test_busy(systemd: FakeSystemd, state: str, job: int, *, is_busy: bool) -> None:
+    systemd.properties |= {
+        ("Unit", "Job"): ("(uo)", (job, JOB if job else "/")),
+        ("Unit", "ActiveState"): ("s", state),
+    }
+    assert service.is_busy("microvm@web.service") == is_busy
+    assert {path for path, _, _ in systemd.asked} == {UNIT}
+
+
 def test_pending_job_of_a_systemd_that_does_not_tell(systemd: FakeSystemd) -> None:
     systemd.properties["Unit", "Job"] = ("(uo)", (7, JOB))
     with pytest.raises(MicrovmHostError, match="does not tell: no JobType"):
