@@ -7,6 +7,8 @@ import json
 
 import pytest
 
+from .rounds import spread
+from .shooting import shooting
 from .toolkit import IMAGE, Toolkit
 
 pytestmark = pytest.mark.container
@@ -163,3 +165,53 @@ def test_history_and_rollback(toolkit: Toolkit, vm: str) -> None:
         "\n"
     ) == ["/var/lib/microvm-host/history:", "", "/var/lib/microvm-host/packages:", ""]
     assert not toolkit.host.exists(state)
+
+
+# Prints what of the store is a package, as each start checks it; fails for one that is none.
+_CHECK = """
+import os, sys
+sys.path.insert(0, "/usr/local/lib/microvm-host")
+from microvm_host import runner
+store = "/var/lib/microvm-host/packages"
+for name in sorted(os.listdir(store)):
+    if not name.startswith("."):
+        print(runner.load(f"{store}/{name}").path)
+"""
+
+
+@pytest.mark.fault
+def test_the_helper_that_installs_is_killed(toolkit: Toolkit, vm: str) -> None:
+    """`current` is the old package or the new one, each whole, and the next one installs it."""
+    declare(toolkit, vm)
+    unit, state = f"install-microvm@{vm}", f"/var/lib/microvms/{vm}"
+    toolkit.systemctl("start", unit)
+    toolkit.sh(f"mkdir -p /etc/microvms/{vm}.toml.d")
+
+    def change(number: int) -> None:
+        toolkit.host.write(f"/etc/microvms/{vm}.toml.d/10-more.toml", f"mem = {256 + number}\n")
+
+    with shooting(toolkit, "install") as shots:
+        change(1)
+        shots.watch()
+        toolkit.systemctl("restart", unit)
+        effects = len(shots.seen())
+        assert effects > 10
+        for number, at in enumerate(spread(effects, 4), 2):
+            old = toolkit.sh(f"readlink {state}/current").strip()
+            change(number)
+            shots.arm(at)
+            toolkit.systemctl("restart", unit, check=False)
+            (shot,) = shots.seen()
+            what = f"install that was killed before {at}, {shot}"
+            assert toolkit.property(unit, "Result") == "signal", what
+            whole = toolkit.host.run(["python3", "-c", _CHECK]).stdout.split()
+            now = toolkit.sh(f"readlink {state}/current").strip()
+            assert now in whole and old in whole, what
+            toolkit.systemctl("restart", unit)
+            new = toolkit.sh(f"readlink {state}/current").strip()
+            assert new != old and now in (old, new), what
+            assert f"-m {256 + number}" in toolkit.sh(f"cat {new}/bin/microvm-run"), what
+            # What was half-way is gone, too.
+            whole = toolkit.host.run(["python3", "-c", _CHECK]).stdout.split()
+            assert new in whole, what
+            assert len(toolkit.sh("ls -A /var/lib/microvm-host/packages").split()) == len(whole)

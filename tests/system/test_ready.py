@@ -15,7 +15,7 @@ import pytest
 from tests.guest.package import Stub, Tap
 
 from .toolkit import Toolkit, eventually
-from .vms import saying
+from .vms import declare, saying
 
 pytestmark = pytest.mark.container
 
@@ -188,6 +188,50 @@ def test_killed_while_the_guest_is_waited_for(toolkit: Toolkit, vm: str) -> None
     toolkit.systemctl("kill", "-s", "KILL", f"microvm@{vm}")
     await_property(toolkit, vm, "ActiveState", "failed")
     toolkit.systemctl("reset-failed", f"microvm@{vm}", check=False)
+    toolkit.await_footprint(before)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("victims", ["main", "between", "hypervisor", "between hypervisor"])
+def test_one_process_is_killed_while_the_guest_is_waited_for(
+    toolkit: Toolkit, vm: str, victims: str
+) -> None:
+    """The VM is up at last, and of a hypervisor that was let down nothing is left.
+
+    The one between the main process and the hypervisor is only there to tell how that ended: who
+    waits goes on without it.
+    """
+    said = f"/var/lib/microvms/{vm}/said"
+    say = "until test -e said; do sleep 0.1; done; " + saying("READY=1")
+    taps = (Tap(name=f"{vm}a", mac="02:00:00:00:00:01"),)
+    declare(toolkit, fake(vm, say, taps=taps), restart_delay="100ms", restart_limit=0)
+    unit, before = f"microvm@{vm}", toolkit.footprint()
+    toolkit.systemctl("start", "--no-block", unit)
+    await_property(toolkit, vm, "StatusText", "Waiting for the guest to be ready")
+    main = toolkit.property(unit, "MainPID")
+    between = toolkit.sh(f"pgrep -P {main}").strip()
+    pids = {"main": main, "between": between, "hypervisor": toolkit.sh(f"pgrep -P {between}")}
+    pids = {who: pid.strip() for who, pid in pids.items()}
+    for victim in victims.split():
+        toolkit.sh(f"kill -KILL {pids[victim]}")
+    if victims == "between":
+        toolkit.sh(f"touch {said}")
+        await_property(toolkit, vm, "ActiveState", "active")
+        assert toolkit.property(unit, "MainPID") == pids["hypervisor"]
+        assert not any("it is started again" in line for line in toolkit.journal(vm))
+    else:
+        toolkit.await_line(vm, "it is started again")
+        for who, pid in pids.items():
+            eventually(
+                lambda pid=pid: toolkit.host.exists(f"/proc/{pid}"),  # type: ignore[misc]
+                lambda there: not there,
+                20,
+                f"{who} is still there",
+            )
+        toolkit.sh(f"touch {said}")
+        await_property(toolkit, vm, "ActiveState", "active")
+    toolkit.host.run(["microvm", "stop", vm])
+    assert toolkit.property(unit, "Result") == "success"
     toolkit.await_footprint(before)
 
 
