@@ -6,6 +6,7 @@ systemd is a made-up one here: tests/system/test_ladder.py has the real one.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -51,7 +52,7 @@ class FakeSystemd:
     def is_busy(self, unit: str) -> bool:
         return unit in self.busy
 
-    def properties_of(self, unit: str, *wanted: tuple[str, str]) -> list[str | int]:
+    def unit_properties(self, unit: str, *wanted: tuple[str, str]) -> list[str | int]:
         nothing: dict[str, str | int] = {"ActiveState": "inactive"}
         return [self.others.get(unit, nothing).get(each, 0) for _, each in wanted]
 
