@@ -142,6 +142,11 @@ class Package:
         """What tells this version of the guest from another: its system, else the package."""
         return self.system or self.path
 
+    @property
+    def has_own_vsock(self) -> bool:
+        """Whether the guest's vsock is behind VSOCK_SOCKET, and not the kernel's."""
+        return self.vsock_cid is not None and self.hypervisor in VSOCK_BY_UNIX_SOCKET
+
 
 def load(path: str) -> Package:
     """Read the package at `path`, following links to it.

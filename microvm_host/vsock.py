@@ -1,49 +1,111 @@
 # SPDX-License-Identifier: MIT
-"""ssh's ProxyCommand over vsock: connects to a guest and hands the socket to ssh.
+"""ssh's ProxyCommand into a guest: connects to it and hands the connection to ssh.
 
-Run as a program, `vsock.py CID PORT`, by `microvm ssh`, and by ssh itself for `ssh vsock/CID`
-(data/ssh_config.in). systemd has a proxy like it from 256 on; this one works with any. It must not
-import anything of the toolkit: it runs as the file it is.
+Run as a program, `vsock.py PORT WAY...`, by `microvm ssh`; the first way that answers is taken:
+
+- `cid:CID`, the kernel's vsock. systemd has a proxy like it from 256 on; this works with any.
+- `unix:UID:PATH`, the socket of a hypervisor that carries vsock itself, and the VM's user: it is
+  told `CONNECT PORT`, and answers `OK` and a number when the guest has accepted (docs/vsock.md of
+  firecracker's sources, which cloud-hypervisor follows).
+- `tcp:ADDRESS`.
 """
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
+import time
+
+# A guest's kernel accepts at once. Where there is no other way, a busy one may take longer.
+_QUICKLY = 5.0  # seconds
+_AT_LAST = 10.0  # seconds
+# Of `OK` and a port.
+_ANSWER_MAX = 32
 
 
 def main(argv: list[str]) -> int:
     """Connect, and pass the connection over standard output (ssh_config(5), ProxyUseFdpass)."""
-    words = [argv[1].removeprefix("vsock/"), *argv[2:]] if len(argv) == 3 else []
-    if not words or not all(word.isascii() and word.isdigit() for word in words):
-        sys.stderr.write("usage: vsock.py CID|vsock/CID PORT\n")
+    if len(argv) < 3 or not argv[1].isdigit():
+        sys.stderr.write("usage: vsock.py PORT WAY...\n")
         return 2
-    cid, port = map(int, words)
-    try:
-        connection = _connected(cid, port)
-    except (OSError, OverflowError) as error:
-        sys.stderr.write(
-            f"cannot reach port {port} of vsock CID {cid}: {error}; does the guest's sshd "
-            "listen there?\n"
-        )
-        return 1
-    with connection, socket.socket(fileno=1) as ssh:
-        socket.send_fds(ssh, [b"\0"], [connection.fileno()])
-        ssh.detach()
-    return 0
+    port, ways = int(argv[1]), argv[2:]
+    while ways:
+        way = ways.pop(0)
+        try:
+            connection = _connect(way, port, _QUICKLY if ways else _AT_LAST)
+        except OSError as error:
+            _say(f"cannot reach port {port} of {_named(way)}: {error.strerror or error}", ways)
+        except ValueError as error:
+            _say(f"cannot reach port {port} of {_named(way)}: {error}", ways)
+        else:
+            with connection, socket.socket(fileno=1) as ssh:
+                connection.settimeout(None)
+                socket.send_fds(ssh, [b"\0"], [connection.fileno()])
+                ssh.detach()
+            return 0
+    return 1
 
 
-def _connected(cid: int, port: int) -> socket.socket:
-    # Raises OSError here already on a host without vsock.
+def _say(problem: str, ways: list[str]) -> None:
+    then = f"trying {_named(ways[0])}" if ways else "does the guest's sshd listen there?"
+    sys.stderr.write(f"microvm: {problem}; {then}\n")
+
+
+def _named(way: str) -> str:
+    kind, _, rest = way.partition(":")
+    if kind == "unix":
+        return f"the guest's vsock, behind {rest.partition(':')[2]}"
+    return f"vsock CID {rest}" if kind == "cid" else rest
+
+
+def _connect(way: str, port: int, within: float) -> socket.socket:
+    """Raises OSError or ValueError."""
+    kind, _, rest = way.partition(":")
+    if kind == "tcp":
+        return socket.create_connection((rest, port), within)
+    if kind == "unix":
+        uid, _, path = rest.partition(":")
+        return _connect_by_hypervisor(path, int(uid), port, within)
+    if kind != "cid":
+        raise ValueError(f"there is no way {kind!r}")
     connection = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
     try:
-        connection.settimeout(10)
-        connection.connect((cid, port))
-        connection.settimeout(None)
+        connection.settimeout(within)
+        connection.connect((int(rest), port))
     except BaseException:
         connection.close()
         raise
     return connection
+
+
+def _connect_by_hypervisor(path: str, uid: int, port: int, within: float) -> socket.socket:
+    # As the file that it is, it does not know the package that it belongs to.
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    from microvm_host import attach, errors
+
+    deadline = time.monotonic() + within
+    try:
+        peer = attach.connect(path, uid, within)
+    except errors.MicrovmHostError as error:
+        raise ValueError(f"{error.message}{error.hint and f' ({error.hint})'}") from error
+    try:
+        peer.settimeout(within)
+        peer.sendall(b"CONNECT %d\n" % port)
+        answer = b""
+        # One at a time: what comes after the line is for ssh.
+        while not answer.endswith(b"\n") and len(answer) < _ANSWER_MAX:
+            peer.settimeout(max(deadline - time.monotonic(), 0.01))
+            byte = peer.recv(1)
+            if not byte:
+                raise ValueError("nobody listens in the guest")
+            answer += byte
+        if not answer.startswith(b"OK ") or not answer.endswith(b"\n"):
+            raise ValueError("the hypervisor's answer makes no sense")
+    except BaseException:
+        peer.close()
+        raise
+    return peer
 
 
 if __name__ == "__main__":

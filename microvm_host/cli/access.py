@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`microvm console`, `exec` and `balloon`: into a guest that runs."""
+"""`microvm console`, `exec`, `ssh` and `balloon`: into a guest that runs."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import time
 
 import click
 
-from .. import attach, balloon, console, guestagent
+from .. import attach, balloon, console, guestagent, leases, runner, state
 from ..attach import NobodyThere, Running
 from ..errors import MicrovmHostError
-from ..runner import SHARE
+from ..runner import SHARE, VSOCK_SOCKET
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -122,6 +122,38 @@ def execute(
     if ended.is_cut:
         click.echo(f"microvm: {vm}: the agent kept only the beginning of the output", err=True)
     sys.exit(ended.code)
+
+
+def ways_in(vm: str, host: HostPaths) -> tuple[str, list[str]]:
+    """What ssh is to call a guest, and the ways that vsock.py may try to reach it.
+
+    Without any, it is the guest's address, which ssh reaches by itself.
+
+    Raises:
+        MicrovmHostError: there is neither a vsock nor an address.
+    """
+    is_booted = state.booted(vm, host) is not None
+    package = runner.load(host.booted(vm) if is_booted else host.current(vm))
+    known = leases.known(host, neighbours=True) if is_booted else {}
+    found = (each for mac in leases.macs(package.path) for each in known.get(mac, ()))
+    address = next(found, None)
+    if package.vsock_cid is None:
+        if address is None:
+            raise MicrovmHostError(
+                f"microVM {vm} has no vsock CID to reach it by, and no address that this host "
+                "knows",
+                path=f"{package.path}/{SHARE}/vsock-cid",
+                hint="set vsock.cid in its declaration, or microvm.vsock.cid in its configuration",
+            )
+        return address, []
+    if package.has_own_vsock:
+        # Of nobody but the VM's user, who is known while it runs.
+        ways = [f"unix:{running(vm, host).uid}:{host.vm(vm)}/{VSOCK_SOCKET}"]
+    else:
+        ways = [f"cid:{package.vsock_cid}"]
+    if address is not None:
+        ways.append(f"tcp:{address}")
+    return f"vsock/{package.vsock_cid}", ways
 
 
 def show_or_set_balloon(vm: str, host: HostPaths, wanted: int | None, *, as_json: bool) -> None:

@@ -402,18 +402,8 @@ def ssh(target: str, arguments: tuple[str, ...]) -> None:
     user, at, vm = target.rpartition("@")
     names.vm_name(vm)
     _existing(vm)
-    package = runner.load(HOST.booted(vm) if state.booted(vm, HOST) else HOST.current(vm))
-    to: int | str | None = package.vsock_cid
-    if to is None:
-        (row,) = listing.rows(HOST, (vm,), neighbours=True)
-        to = row.addresses[0] if row.addresses else None
-    if to is None:
-        raise MicrovmHostError(
-            f"microVM {vm} has no vsock CID to reach it by, and no address that this host knows",
-            path=f"{package.path}/{runner.SHARE}/vsock-cid",
-            hint="set vsock.cid in its declaration, or microvm.vsock.cid in its configuration",
-        )
-    jobs.become_ssh(user if at else "root", vm, to, arguments)
+    to, ways = access.ways_in(vm, HOST)
+    jobs.become_ssh(user if at else "root", vm, to, ways, arguments)
 
 
 @microvm.command()

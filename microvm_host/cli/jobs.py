@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -205,22 +206,31 @@ def run_in_foreground(vm: str, host: HostPaths) -> NoReturn:
     _become([*argv, helper, "start", vm])
 
 
-def become_ssh(user: str, vm: str, to: int | str, arguments: Sequence[str]) -> NoReturn:
+def become_ssh(
+    user: str, vm: str, to: str, ways: Sequence[str], arguments: Sequence[str]
+) -> NoReturn:
     """Become ssh, connected to a guest.
 
     Args:
-        to: its vsock CID, or its address.
+        to: what ssh is to call it: its address, for ssh to connect to, unless there are ways.
+        ways: how vsock.py is to reach it; they come before what is written in ssh's configuration.
     """
     # CIDs and addresses are given anew to other VMs; a VM's name stays.
     alias = f"microvm-{vm}"
-    argv, host = ["ssh"], str(to)
-    if isinstance(to, int):
-        proxy = f"{sys.executable} -IS {os.path.abspath(vsock.__file__)} {to} %p"
-        argv += ["-o", f"ProxyCommand={proxy}", "-o", "ProxyUseFdpass=yes"]
+    argv = ["ssh"]
+    if ways:
+        words = [sys.executable, "-IS", os.path.abspath(vsock.__file__)]
+        proxy = [*map(_for_ssh, words), "%p", *map(_for_ssh, ways)]
+        argv += ["-o", f"ProxyCommand={' '.join(proxy)}", "-o", "ProxyUseFdpass=yes"]
         # Not vsock/CID, for which systemd's own configuration has no key checked.
-        host = alias
+        to = alias
     argv += ["-o", "CheckHostIP=no", "-o", f"HostKeyAlias={alias}", "-l", user]
-    _become([*argv, host, *arguments])
+    _become([*argv, to, *arguments])
+
+
+def _for_ssh(word: str) -> str:
+    """A word of a ProxyCommand, in which ssh replaces what begins with % and a shell the rest."""
+    return shlex.quote(word).replace("%", "%%")
 
 
 def become_journalctl(vm: str, arguments: Sequence[str]) -> NoReturn:

@@ -24,7 +24,7 @@ PACKAGE = REPOSITORY / "microvm_host"
 
 # From the ground up: a module imports only what is in layers below its own.
 LAYERS: tuple[set[str], ...] = (
-    {"errors", "frozen", "supervised", "vsock"},
+    {"errors", "frozen", "supervised"},
     {"names", "paths", "identity", "interpreter", "process", "record", "source", "state", "sysfs"},
     {
         "bus",
@@ -39,7 +39,7 @@ LAYERS: tuple[set[str], ...] = (
         "users",
     },
     {"attach", "declaration", "hostuse", "nodes", "pciids"},
-    {"build", "guests", "plan", "reborn", "service", "store", "systemd"},
+    {"build", "guests", "plan", "reborn", "service", "store", "systemd", "vsock"},
     {"environment"},
     # What changes the host; these do not know of each other.
     {

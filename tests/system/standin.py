@@ -137,8 +137,23 @@ def shut_down(why: str, *left: str) -> bool:
 
 
 def vsock(path: str, text: str) -> None:
-    """The vsock of cloud-hypervisor and firecracker: the guest's systemd says that it is ready."""
-    kept.append(bind(path))
+    """The vsock of cloud-hypervisor and firecracker: the guest's systemd says that it is ready.
+
+    Who connects to the guest asks for a port first; at 22 is a guest's sshd, as far as its name.
+    """
+    listening = bind(path)
+
+    def accept() -> None:
+        while True:
+            client, _ = listening.accept()
+            with client, client.makefile("rb") as stream:
+                asked = stream.readline().decode().split()
+                say(f"vsock {' '.join(asked)}")
+                if asked == ["CONNECT", "22"]:
+                    client.sendall(b"OK 1073741824\nSSH-2.0-StandIn\r\n")
+                    say(f"sshd hears {stream.readline().decode().split('-')[0]}")
+
+    threading.Thread(target=accept).start()
     address = re.search(r"vsock-stream:2:(\d+)", text)
 
     def boot() -> None:

@@ -163,6 +163,34 @@ def test_the_hosts_own_power_button(toolkit: Toolkit, vm: str, hypervisor: str) 
 
 
 @pytest.mark.parametrize("hypervisor", READY, indirect=True)
+def test_ssh_by_the_hypervisors_own_vsock(toolkit: Toolkit, vm: str, hypervisor: str) -> None:
+    """A real ssh, as far as the name of the sshd that it reaches."""
+    toolkit.host.write(f"/etc/microvms/{vm}.toml", declaration(vm, hypervisor))
+    toolkit.sh("microvm apply")
+    toolkit.systemctl("start", f"microvm@{vm}")
+    done = toolkit.host.run(["microvm", "ssh", vm, "-v"], check=False, timeout=60)
+    assert "remote software version StandIn" in done.stderr
+    assert {"vsock CONNECT 22", "sshd hears SSH"} <= {*said(toolkit, vm)}
+    # Another port is nobody's, and the host knows no address to try.
+    done = toolkit.host.run(["microvm", "ssh", vm, "-p", "2222"], check=False, timeout=60)
+    assert done.returncode == 255
+    assert "/notify.vsock: nobody listens in the guest; does the guest's sshd" in done.stderr
+    # Once it does, that is tried.
+    package = f"/var/lib/microvms/{vm}/booted/share/microvm"
+    mac = toolkit.host.read(f"{package}/tap-macs").split()[1]
+    toolkit.sh(f"ip addr add 192.0.2.1/24 dev {vm}t; ip link set {vm}t up")
+    toolkit.sh(f"ip neigh replace 192.0.2.7 lladdr {mac} dev {vm}t nud permanent")
+    argv = ["microvm", "ssh", vm, "-p", "2222"]
+    done = toolkit.host.run(argv, check=False, timeout=60)
+    assert "nobody listens in the guest; trying 192.0.2.7" in done.stderr
+    # The socket that is in its place is not the VM's user's.
+    toolkit.sh(f"cd /var/lib/microvms/{vm} && mv notify.vsock kept && ln -s kept notify.vsock")
+    done = toolkit.host.run(["microvm", "ssh", vm], check=False, timeout=60)
+    assert "notify.vsock: is not a socket of the VM's user" in done.stderr
+    toolkit.systemctl("stop", f"microvm@{vm}")
+
+
+@pytest.mark.parametrize("hypervisor", READY, indirect=True)
 def test_a_package_for_another_host(toolkit: Toolkit, vm: str, hypervisor: str) -> None:
     """`microvm build` makes what `microvm create` runs; and refuses what cannot be, early."""
     toolkit.sh("mkdir -p /opt/packages")

@@ -295,7 +295,7 @@ def test_ssh_over_vsock(machine: Toolkit) -> None:
     )
     machine.systemctl("daemon-reload")
     machine.systemctl("start", "vsock-sshd.socket")
-    proxy = "python3 -IS /usr/local/lib/microvm-host/microvm_host/vsock.py 1 2222"
+    proxy = "python3 -IS /usr/local/lib/microvm-host/microvm_host/vsock.py 2222 cid:1"
     done = machine.host.run(
         ["ssh", "-o", f"ProxyCommand={proxy}", "-o", "ProxyUseFdpass=yes"]
         + ["-o", "StrictHostKeyChecking=no", "root@anything", "echo", "over vsock"],

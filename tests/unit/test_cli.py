@@ -13,7 +13,7 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from microvm_host import __version__, install, listing, source, systemd
+from microvm_host import __version__, attach, install, source, state, systemd
 from microvm_host.cli import commands, entry, jobs
 from microvm_host.paths import HostPaths
 from microvm_host.runner import Macvtap, Package, Share, Tap
@@ -249,16 +249,52 @@ def test_status_tells_what_is_waited_for(
     assert lines == ([f"   readiness: {shown}"] if shown else [])
 
 
-def test_ssh(monkeypatch: pytest.MonkeyPatch, web: Package) -> None:
+def ssh_calls(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[object]:
     called: list[object] = []
     monkeypatch.setattr(jobs, "become_ssh", lambda *arguments: called.append(arguments))
-    for arguments in (["web"], ["alice@web"], ["web", "ls", "-l"]):
-        assert microvm("ssh", *arguments).exit_code == 0
-    assert called == [
-        ("root", "web", 42, ()),
-        ("alice", "web", 42, ()),
-        ("root", "web", 42, ("ls", "-l")),
-    ]
+    done = microvm("ssh", *arguments)
+    assert done.exit_code == 0, done.output
+    return called
+
+
+def has_address(monkeypatch: pytest.MonkeyPatch, web: Package, host: HostPaths) -> str:
+    """Have the VM run, and the host know its address."""
+    monkeypatch.setattr(state, "_is_roots", lambda status: True)
+    packages.put(Path(web.path), "share/microvm/tap-macs", "vm0 02:00:00:00:00:07\n")
+    packages.put(Path(host.arp_table), "", "head\n192.0.2.7 0x1 0x2 02:00:00:00:00:07 * br0\n")
+    return "192.0.2.7"
+
+
+def test_ssh(monkeypatch: pytest.MonkeyPatch, host: HostPaths, web: Package) -> None:
+    for arguments, user, rest in (
+        (["web"], "root", ()),
+        (["alice@web"], "alice", ()),
+        (["web", "ls", "-l"], "root", ("ls", "-l")),
+    ):
+        (call,) = ssh_calls(monkeypatch, *arguments)
+        assert call == (user, "web", "vsock/42", ["cid:42"], rest)
+    # Where its vsock does not lead.
+    address = has_address(monkeypatch, web, host)
+    (call,) = ssh_calls(monkeypatch, "web")
+    assert call == ("root", "web", "vsock/42", ["cid:42", f"tcp:{address}"], ())
+
+
+@pytest.mark.parametrize("hypervisor", ["cloud-hypervisor", "firecracker"])
+def test_ssh_by_a_hypervisors_own_vsock(
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    host: HostPaths,
+    web: Package,
+    hypervisor: str,
+) -> None:
+    packages.put(Path(web.path), "share/microvm/hypervisor", f"{hypervisor}\n")
+    monkeypatch.setattr(attach, "running", lambda vm, host: None)
+    code, _, err = run(capfd, "ssh", "web")
+    assert code == 1 and "microVM web does not run" in err
+    vm = attach.Running("web", host.vm("web"), web, 12345, 12345, "me")
+    monkeypatch.setattr(attach, "running", lambda vm_name, host: vm)
+    (call,) = ssh_calls(monkeypatch, "web")
+    assert call == ("root", "web", "vsock/42", [f"unix:12345:{host.vm('web')}/notify.vsock"], ())
 
 
 def test_ssh_without_cid(capfd: pytest.CaptureFixture[str], web: Package) -> None:
@@ -270,32 +306,28 @@ def test_ssh_without_cid(capfd: pytest.CaptureFixture[str], web: Package) -> Non
 
 def test_ssh_by_address(monkeypatch: pytest.MonkeyPatch, host: HostPaths, web: Package) -> None:
     os.unlink(f"{web.path}/share/microvm/vsock-cid")
-    called: list[object] = []
-    monkeypatch.setattr(jobs, "become_ssh", lambda *arguments: called.append(arguments))
-    row = listing.Row("web", "active", None, None, addresses=("192.0.2.7", "192.0.2.8"))
-    monkeypatch.setattr(listing, "rows", lambda host, only, *, neighbours: [row])
-    assert microvm("ssh", "alice@web", "ls").exit_code == 0
-    assert called == [("alice", "web", "192.0.2.7", ("ls",))]
+    address = has_address(monkeypatch, web, host)
+    assert ssh_calls(monkeypatch, "alice@web", "ls") == [("alice", "web", address, [], ("ls",))]
 
 
 @pytest.mark.parametrize(
-    ("to", "words"),
+    ("to", "ways", "words"),
     [
-        ("192.0.2.7", ["-l", "alice", "192.0.2.7", "ls"]),
+        ("192.0.2.7", [], ["-l", "alice", "192.0.2.7", "ls"]),
         # Not vsock/42, for which systemd has no key checked.
-        (42, ["-l", "alice", "microvm-web", "ls"]),
+        ("vsock/42", ["cid:42"], ["-l", "alice", "microvm-web", "ls"]),
     ],
 )
 def test_command_line_of_ssh(
-    monkeypatch: pytest.MonkeyPatch, to: int | str, words: list[str]
+    monkeypatch: pytest.MonkeyPatch, to: str, ways: list[str], words: list[str]
 ) -> None:
     called: list[list[str]] = []
     monkeypatch.setattr(jobs, "_become", called.append)
-    jobs.become_ssh("alice", "web", to, ["ls"])
+    jobs.become_ssh("alice", "web", to, ways, ["ls"])
     assert called[0][-4:] == words
     # Whatever it is reached by, its key is that of the VM.
     assert "HostKeyAlias=microvm-web" in called[0]
-    assert any("ProxyCommand" in word for word in called[0]) == isinstance(to, int)
+    assert any("ProxyCommand" in word for word in called[0]) == bool(ways)
 
 
 @pytest.mark.parametrize("newer", ["/packages/web-2", None])
