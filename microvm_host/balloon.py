@@ -28,10 +28,14 @@ _UNITS |= {"T": 1 << 20, "TB": 1 << 20, "TIB": 1 << 20}
 
 @frozen
 class Memory:
-    """A guest's memory in bytes: what it was given, and what its balloon leaves it of that."""
+    """A guest's memory in bytes: what it was given, and what its balloon leaves it of that.
+
+    QEMU's balloon knows nothing of `beyond`, which is part of both: what virtio-mem has plugged.
+    """
 
     whole: int
     actual: int
+    beyond: int = 0
 
 
 def megabytes(text: str) -> int:
@@ -67,13 +71,19 @@ def resize(vm: Running, size: int, patience: float) -> Memory | None:
         return None
     qemu = _Qemu(vm)
     try:
-        whole = qemu.memory().whole
-        if size * MEBIBYTE > whole:
+        given = qemu.memory()
+        if size * MEBIBYTE > given.whole:
             raise MicrovmHostError(
-                f"{vm.name} was started with {whole // MEBIBYTE} MB, and cannot have {size}",
+                f"{vm.name} was started with {given.whole // MEBIBYTE} MB, and cannot have {size}",
                 hint="mem in its declaration says how much that is",
             )
-        qemu.ask("balloon", {"value": size * MEBIBYTE})
+        # Of nothing at all it makes an error.
+        if size * MEBIBYTE <= given.beyond:
+            raise MicrovmHostError(
+                f"{vm.name} has {given.beyond // MEBIBYTE} MB by hotplugMem, which its balloon "
+                f"does not count, and cannot be left {size}",
+            )
+        qemu.ask("balloon", {"value": size * MEBIBYTE - given.beyond})
         deadline = time.monotonic() + patience
         while (found := qemu.memory()).actual != size * MEBIBYTE:
             if time.monotonic() > deadline:
@@ -118,13 +128,29 @@ class _Qemu:
         summary = self.ask("query-memory-size-summary")
         sizes = [summary.get(key, 0) for key in ("base-memory", "plugged-memory")]
         actual = self.ask("query-balloon").get("actual")
-        numbers = [each for each in (*sizes, actual) if type(each) is int and each >= 0]
-        if len(numbers) != 3:
-            raise MicrovmHostError("the hypervisor does not make sense: no sizes of memory")
-        return Memory(numbers[0] + numbers[1], numbers[2])
+        numbers = [_size(each) for each in (*sizes, actual)]
+        # Its summary counts what all memory devices have plugged, its balloon the DIMMs alone
+        # (get_current_ram_size in hw/virtio/virtio-balloon.c).
+        beyond = self._plugged_by_virtio_mem() if numbers[1] else 0
+        return Memory(numbers[0] + numbers[1], numbers[2] + beyond, beyond)
+
+    def _plugged_by_virtio_mem(self) -> int:
+        devices = self._qmp.ask("query-memory-devices", None, _WITHIN)
+        found = 0
+        for each in devices if isinstance(devices, list) else ():
+            if isinstance(each, dict) and each.get("type") == "virtio-mem":
+                data = each.get("data")
+                found += _size(data.get("size") if isinstance(data, dict) else None)
+        return found
 
     def close(self) -> None:
         self._qmp.close()
+
+
+def _size(value: object) -> int:
+    if type(value) is int and value >= 0:
+        return value
+    raise MicrovmHostError("the hypervisor does not make sense: no sizes of memory")
 
 
 def _run_script(vm: Running, size: int) -> None:

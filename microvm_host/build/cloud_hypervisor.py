@@ -117,6 +117,8 @@ def build(guest: Guest, tools: Tools) -> Tree:
         )
         if guest.balloon:
             entries[MICROVM_BALLOON] = File(_balloon(guest, tools, quoted), 0o755)
+            if guest.hotplug_mem:
+                entries["lib/surplus"] = File(programs.surplus(tools.python), 0o755)
     return Tree.of(entries)
 
 
@@ -258,10 +260,16 @@ def _shares(guest: Guest) -> Iterator[str]:
 
 def _balloon(guest: Guest, tools: Tools, socket: str) -> bytes:
     """It is told what it takes, in bytes."""
+    taken = [f"taken=$((({guest.mem} - $1) * 1048576))", '[ "$taken" -ge 0 ] || taken=0']
+    if guest.hotplug_mem:
+        # How much is plugged changes while it runs.
+        taken = [
+            f'info=$("$package"/lib/api {socket} GET /api/v1/vm.info)',
+            'taken=$("$package"/lib/surplus "$1" "$info")',
+        ]
     return scripts.balloon(
         tools,
-        f"taken=$((({guest.mem} - $1) * 1048576))",
-        '[ "$taken" -ge 0 ] || taken=0',
+        *taken,
         f'exec "$package"/lib/api {socket} PUT /api/v1/vm.resize '
         '"{\\"desired_balloon\\":$taken}"',
     )

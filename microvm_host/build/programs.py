@@ -146,6 +146,27 @@ except OSError as error:
 '''
 
 
+_SURPLUS = '''\
+"""How many bytes to take of a guest of cloud-hypervisor's to leave it SIZE MB: surplus SIZE INFO.
+
+INFO is what vm.info says: what the guest was asked to have, which it may not have yet, and what it
+has now, without what its balloon holds. The balloon's own size is the one that was asked for.
+"""
+import json, sys
+
+info = json.loads(sys.argv[2])
+memory, balloon = info["config"]["memory"], info["config"].get("balloon") or {}
+asked = memory["size"] + (memory.get("hotplugged_size") or 0)
+has = info["memory_actual_size"] + balloon.get("size", 0)
+print(max(min(asked, has) - int(sys.argv[1]) * 1048576, 0))
+'''
+
+
+def surplus(python: str) -> bytes:
+    """Tells how large a balloon has to be in a guest of cloud-hypervisor's."""
+    return f"#!{python} -IS\n{_SURPLUS}".encode()
+
+
 def qmp(python: str) -> bytes:
     """Says one thing to QEMU over a QMP socket."""
     return f"#!{python} -IS\n{_QMP}".encode()

@@ -169,7 +169,10 @@ def vsock(path: str, text: str) -> None:
 
 
 def http(path: str, answers: dict[str, Any]) -> None:
-    """Serve HTTP as micro_http does: connections are kept, and clients are served side by side."""
+    """Serve HTTP as micro_http does: connections are kept, and clients are served side by side.
+
+    An answer is whether the body is right, or what is said to it.
+    """
     listening = bind(path)
 
     def serve(client: socket.socket) -> None:
@@ -182,12 +185,17 @@ def http(path: str, answers: dict[str, Any]) -> None:
                 length = int(value) if name.lower() == b"content-length" else length
             body = stream.read(length)
             say(f"{request} {body.decode()}".strip())
-            code, answer = "204 No Content", answers.get(request)
+            code, answer, said = "204 No Content", answers.get(request), b""
+            found = answer and answer(json.loads(body) if body else {})
             if answer is None:
                 code = "404 Not Found"
-            elif not answer(json.loads(body) if body else {}):
+            elif not found:
                 code = "400 Bad Request"
-            client.sendall(f"HTTP/1.1 {code}\r\nConnection: keep-alive\r\n\r\n".encode())
+            elif found is not True:
+                code, said = "200 OK", json.dumps(found).encode()
+            head = f"HTTP/1.1 {code}\r\nConnection: keep-alive\r\n"
+            head += f"Content-Length: {len(said)}\r\n" if said else ""
+            client.sendall(f"{head}\r\n".encode() + said)
 
     def accept() -> None:
         while True:
@@ -236,11 +244,19 @@ def cloud_hypervisor(given: dict[str, list[str]]) -> None:
     vsock(keys(given["--vsock"][0])["socket"], given["--platform"][0])
     path = keys(given["--api-socket"][0])["path"]
     button = "PUT /api/v1/vm.power-button"
+    memory = keys(given["--memory"][0])
+    sizes = {key: int(value[:-1]) << 20 for key, value in memory.items() if key.endswith("size")}
+    info = {
+        "config": {"memory": sizes, "balloon": {"size": 0}},
+        "state": "Running",
+        "memory_actual_size": sizes["size"] + sizes.get("hotplugged_size", 0),
+    }
     http(
         path,
         {
             button: lambda body: not body and shut_down("power button", path),
             "PUT /api/v1/vm.resize": lambda body: list(body) == ["desired_balloon"],
+            "GET /api/v1/vm.info": lambda body: not body and info,
         },
     )
 

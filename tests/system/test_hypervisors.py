@@ -78,10 +78,13 @@ def said(toolkit: Toolkit, vm: str) -> list[str]:
 
 
 def test_start_readiness_and_stop(toolkit: Toolkit, vm: str, hypervisor: str) -> None:
-    toolkit.host.write(f"/etc/microvms/{vm}.toml", declaration(vm, hypervisor, "balloon = true"))
+    more = ["balloon = true"]
     if hypervisor == "alioth":
         # It has none that anything could blow up.
-        toolkit.host.write(f"/etc/microvms/{vm}.toml", declaration(vm, hypervisor))
+        more = []
+    elif hypervisor == "cloud-hypervisor":
+        more.append("hotplugMem = 512")
+    toolkit.host.write(f"/etc/microvms/{vm}.toml", declaration(vm, hypervisor, *more))
     before = toolkit.footprint()
     assert f"{vm}: installed /var/lib/microvm-host/packages/" in toolkit.sh("microvm apply")
     toolkit.systemctl("start", f"microvm@{vm}")
@@ -109,7 +112,8 @@ def test_start_readiness_and_stop(toolkit: Toolkit, vm: str, hypervisor: str) ->
         # By the package's script, since none of them speaks QMP to the host.
         toolkit.sh(f"microvm balloon {vm} 256")
         expected = {
-            "cloud-hypervisor": 'PUT /api/v1/vm.resize {"desired_balloon":268435456}',
+            # Of mem = 512 and as much again that is plugged.
+            "cloud-hypervisor": 'PUT /api/v1/vm.resize {"desired_balloon":805306368}',
             "firecracker": 'PATCH /balloon {"amount_mib":256}',
             "stratovirt": "qmp balloon",
         }

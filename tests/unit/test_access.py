@@ -554,11 +554,16 @@ def test_no_sizes(text: str) -> None:
 
 
 class FakeQemu:
-    """A QEMU with 1 GB, and a balloon that takes a question's time for half of its way."""
+    """A QEMU with 1 GB, and a balloon that takes a question's time for half of its way.
 
-    def __init__(self, *, has_balloon: bool = True) -> None:
-        self.actual = self.target = 1 << 30
+    It also has what is plugged as a DIMM, which its balloon counts, and as virtio-mem, which that
+    does not.
+    """
+
+    def __init__(self, *, has_balloon: bool = True, dimm: int = 0, virtio_mem: int = 0) -> None:
+        self.most = self.actual = self.target = (1 << 30) + dimm
         self._has_balloon = has_balloon
+        self._plugged = {"dimm": dimm, "virtio-mem": virtio_mem}
 
     def __call__(self, client: socket.socket) -> None:
         client.sendall(b'{"QMP": {"version": {}, "capabilities": []}}\r\n')
@@ -567,11 +572,19 @@ class FakeQemu:
             command = request["execute"]
             answer: dict[str, object] = {"return": {}}
             if command == "query-memory-size-summary":
-                answer = {"return": {"base-memory": 1 << 30, "plugged-memory": 0}}
+                plugged = sum(self._plugged.values())
+                answer = {"return": {"base-memory": 1 << 30, "plugged-memory": plugged}}
+            elif command == "query-memory-devices":
+                answer = {
+                    "return": [
+                        {"type": kind, "data": {"id": kind, "size": size, "max-size": 1 << 40}}
+                        for kind, size in self._plugged.items()
+                    ]
+                }
             elif command in ("balloon", "query-balloon") and not self._has_balloon:
                 answer = {"error": {"class": "DeviceNotActive", "desc": "No balloon"}}
             elif command == "balloon":
-                self.target = request["arguments"]["value"]
+                self.target = min(request["arguments"]["value"], self.most)
                 client.sendall(b'{"event": "BALLOON_CHANGE", "data": {"actual": 1}}\r\n')
             elif command == "query-balloon":
                 answer = {"return": {"actual": self.actual}}
@@ -594,6 +607,22 @@ def test_balloon(listen: Callable[..., Fake], root: Path) -> None:
     assert found is not None and found.actual < 1 << 30
     with pytest.raises(MicrovmHostError, match="was started with 1024 MB, and cannot have 1025"):
         balloon.resize(qemu(root), 1025, 5)
+
+
+def test_a_balloon_and_memory_that_was_plugged(listen: Callable[..., Fake], root: Path) -> None:
+    gigabyte, half = 1 << 30, 512 << 20
+    listen(FakeQemu(dimm=half, virtio_mem=gigabyte))
+    whole = 2 * gigabyte + half
+    assert balloon.memory(qemu(root)) == balloon.Memory(whole, whole, gigabyte)
+    found = balloon.resize(qemu(root), 1536, 30)
+    assert found == balloon.Memory(whole, gigabyte + half, gigabyte)
+    assert balloon.resize(qemu(root), 2560, 30) == balloon.Memory(whole, whole, gigabyte)
+    with pytest.raises(MicrovmHostError, match="was started with 2560 MB, and cannot have 2561"):
+        balloon.resize(qemu(root), 2561, 5)
+    with pytest.raises(
+        MicrovmHostError, match=r"has 1024 MB by hotplugMem, .* cannot be left 1024"
+    ):
+        balloon.resize(qemu(root), 1024, 5)
 
 
 def test_no_balloon(listen: Callable[..., Fake], root: Path) -> None:

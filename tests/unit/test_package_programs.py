@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -145,9 +146,9 @@ def called(path: Path, *arguments: str) -> list[str]:
     ("case", "program", "expected"),
     [
         (
-            "cloud-hypervisor-everything",
+            "cloud-hypervisor-balloon",
             "api",
-            'cloud-hypervisor-everything.sock PUT /api/v1/vm.resize {"desired_balloon":268435456}',
+            'cloud-hypervisor-balloon.sock PUT /api/v1/vm.resize {"desired_balloon":268435456}',
         ),
         (
             "firecracker-everything",
@@ -169,6 +170,44 @@ def test_what_a_guest_is_left_with(case: str, program: str, expected: str, tmp_p
     done = subprocess.run([str(balloon), "1G"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "Usage: " in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("plugged", "inflated", "size", "expected"),
+    [
+        (512, 0, 768, 768),
+        (512, 768, 1536, 0),
+        (512, 768, 5000, 0),
+        (0, 0, 768, 256),
+        # What was asked for is not there yet, or not all.
+        (128, 0, 1152, 0),
+        (128, 100, 1000, 152),
+    ],
+)
+def test_a_balloon_where_memory_was_plugged(
+    plugged: int, inflated: int, size: int, expected: int, tmp_path: Path
+) -> None:
+    """A guest that was started with 1024 MB, and to be given 512 more."""
+    case = "cloud-hypervisor-everything"
+    info = {
+        "config": {
+            "memory": {"size": 1024 << 20, "hotplugged_size": 512 << 20},
+            "balloon": {"size": inflated << 20},
+        },
+        "memory_actual_size": 1024 + plugged - inflated << 20,
+    }
+    (tmp_path / "info").write_text(json.dumps(info))
+    answer = f'case "$*" in *.info) cat {tmp_path}/info ;; *) echo "$@" ;; esac'
+    balloon = script(case, "microvm-balloon", tmp_path, api=answer)
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib/surplus").write_bytes(programs.surplus(sys.executable))
+    (tmp_path / "lib/surplus").chmod(0o755)
+    said = f'{case}.sock PUT /api/v1/vm.resize {{"desired_balloon":{expected << 20}}}'
+    assert called(balloon, str(size)) == [said]
+    # It takes nothing by an answer that does not tell.
+    (tmp_path / "info").write_text("{}")
+    done = subprocess.run([str(balloon), "768"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
 
 
 def test_a_balloon_that_is_told_by_how_much(tmp_path: Path) -> None:
