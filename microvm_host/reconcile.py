@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from . import handover, links, names, pci, process, shares, source, systemd
 from .errors import MicrovmHostError
 from .frozen import frozen
-from .record import Record, remove_sockets
+from .record import Record, remove_files
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def _undo_private(record: Record, vm: str, host: HostPaths) -> list[str]:
 
 def _forget_booted(record: Record, vm: str, host: HostPaths) -> list[str]:
     if not os.path.islink(host.vm(vm)):
-        remove_sockets(record, host.vm(vm))
+        remove_files(record, host.vm(vm))
     record.clear()
     return []
 

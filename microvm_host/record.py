@@ -14,6 +14,10 @@ import stat
 
 from .errors import MicrovmHostError
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 
 class Record:
     """One record, by its path."""
@@ -170,21 +174,33 @@ def holders(records: str, what: str, fields: tuple[str, ...]) -> list[str]:
     ]
 
 
-def remove_sockets(booted: Record, directory: str) -> None:
-    """Remove the sockets that somebody who was killed has left in a VM's state directory.
+def remove_files(booted: Record, directory: str) -> None:
+    """Remove what is not to outlast a run of a VM from its state directory.
+
+    That are its user's temporary files, and the sockets that somebody who was killed has left: the
+    hypervisor's control socket, and the one where the guest was listened for.
 
     Args:
-        booted: the record of the VM's start, which names them: the hypervisor's control socket,
-            and the one where the guest was listened for.
+        booted: the record of the VM's start, which names them.
         directory: the state directory.
     """
+    user = ""
     for line in booted.read():
         match line:
+            case ["user", _, uid, _, _]:
+                user = uid
             # Further down there may be links of the VM's user by now, that lead elsewhere.
             case ["notify", "unix", name] | ["control", _, name] if "/" not in name:
-                path = f"{directory}/{name}"
-                try:
-                    if stat.S_ISSOCK(os.lstat(path).st_mode):
-                        os.unlink(path)
-                except OSError:
-                    pass
+                _remove(f"{directory}/{name}", stat.S_ISSOCK)
+            case ["temporary", name] if "/" not in name and user:
+                # Nothing of root's, whatever a package calls temporary.
+                _remove(f"{directory}/{name}", stat.S_ISREG, user)
+
+
+def _remove(path: str, is_it: Callable[[int], bool], user: str = "") -> None:
+    try:
+        status = os.lstat(path)
+        if is_it(status.st_mode) and user in ("", str(status.st_uid)):
+            os.unlink(path)
+    except OSError:
+        pass

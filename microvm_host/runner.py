@@ -136,6 +136,8 @@ class Package:
     event_log: str | None = None
     machine_uuid: str | None = None
     private_files: tuple[PrivateFile, ...] = ()
+    # Files of the state directory that each start makes anew, and that are gone when it is down.
+    temporary_files: tuple[str, ...] = ()
 
     @property
     def version(self) -> str:
@@ -181,6 +183,7 @@ def load(path: str) -> Package:
         event_log=reader.one(f"{SHARE}/event-log", _relative),
         machine_uuid=reader.one(f"{SHARE}/machine-uuid", names.machine_uuid),
         private_files=reader.private_files(),
+        temporary_files=reader.names_in(f"{SHARE}/temporary-files", names.file_name),
     )
 
 

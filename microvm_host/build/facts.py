@@ -103,6 +103,7 @@ def facts(
         lines["agent-socket"] = [agent]
     lines["image-sources"] = [volume.source or "" for _, volume in volumes.filled(guest)]
     lines["private-files"] = [f"{name} {path}" for name, path in private_files(guest)]
+    lines["temporary-files"] = [volume.image for volume in seed.volumes(guest)]
     for share in guest.virtiofs:
         lines |= _share(share)
     found: dict[str, File | Copy | Link] = {

@@ -4,7 +4,8 @@
 What stands in the declaration is not secret and lies in the package as finished files. What stands
 in files of the host may be (user-data holds password hashes): the package has but their paths, and
 root hands the files themselves to the VM's user at each start (`share/microvm/private-files`). Of
-both the package's script makes the disk, as that user, in the state directory.
+both the package's script makes the disk, as that user, in the state directory, from where root
+removes it when the VM is down (`share/microvm/temporary-files`).
 
 The disk is a FAT, which cloud-init reads as it does an ISO: mkfs.vfat and mcopy need no root, hosts
 and guests have FAT for their EFI partitions, and with a date and a serial number given the same

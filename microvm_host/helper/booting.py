@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 
 from .. import log
-from ..record import Record, remove_sockets
+from ..record import Record, remove_files
 from . import booted
 
 TYPE_CHECKING = False
@@ -38,6 +38,8 @@ def set_booted(name: str, host: HostPaths) -> None:
         noted.append("control", package.control_socket.protocol, package.control_socket.path)
     if package.event_log is not None:
         noted.append("event-log", package.event_log)
+    for file in package.temporary_files:
+        noted.append("temporary", file)
     _note_readiness(package, noted, name)
     if package.private_files:
         from .. import handover
@@ -71,7 +73,7 @@ def unset_booted(name: str, host: HostPaths) -> None:
     # A link in the directory's place leads to where nothing is ours; no start bears with it.
     is_ours = not os.path.islink(host.vm(name))
     if is_ours:
-        remove_sockets(booted.record(name, host), host.vm(name))
+        remove_files(booted.record(name, host), host.vm(name))
     private = Record(host.record(name, "private-files"))
     if os.path.exists(private.path):
         from .. import handover

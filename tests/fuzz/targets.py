@@ -473,7 +473,7 @@ _PACKAGE_FILES = (
             *(b"tap-interfaces", b"tap-flags", b"tap-bridges", b"macvtap-interfaces"),
             *(b"pci-devices", b"usb-devices", b"hypervisor", b"system", b"vsock-cid", b"readiness"),
             *(b"control-socket", b"control-protocol", b"machine-uuid", b"virtiofs", b"source"),
-            b"private-files",
+            *(b"private-files", b"temporary-files"),
             *(
                 b"virtiofs/" + tag + b"/" + file
                 for tag in (b"t", b"home/alice", b"home", b".x", b"\xc3\xbc b")
@@ -573,6 +573,7 @@ TARGETS = (
             *(
                 b"control\tqmp\tweb.sock",
                 b"event-log\tlog",
+                b"temporary\tlog",
                 b"readiness\tguest\n",
                 b"\t3\tstream\n",
             ),

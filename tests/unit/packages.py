@@ -99,4 +99,5 @@ def write(directory: Path, package: Package) -> Path:
     _lines(
         directory, "private-files", [f"{each.name} {each.source}" for each in package.private_files]
     )
+    _lines(directory, "temporary-files", list(package.temporary_files))
     return directory

@@ -193,6 +193,34 @@ def test_sockets_of_who_was_killed(host: HostPaths) -> None:
     assert (directory / "disk.img").exists()
 
 
+def test_temporary_files(host: HostPaths, web: Path) -> None:
+    """Those of the VM's user go when it is down; what only has their names does not."""
+    packages.put(web, "share/microvm/temporary-files", "seed.img\ncurrent\nlink\nsub\nothers\n")
+    assert run("set-booted", "web") == 0
+    noted = Record(host.record("web", "booted"))
+    assert [line[1] for line in noted.read() if line[0] == "temporary"] == [
+        *("seed.img", "current", "link", "sub", "others")
+    ]
+    directory = Path(host.vm("web"))
+    for name in ("seed.img", "elsewhere", "others", "disk.img"):
+        (directory / name).write_text("secret")
+    (directory / "link").symlink_to("elsewhere")
+    (directory / "sub").mkdir()
+    assert run("unset-booted", "web") == 0
+    assert "seed.img" not in os.listdir(directory)
+    assert {"current", "link", "elsewhere", "sub", "disk.img"} <= {*os.listdir(directory)}
+    # A user's who is not the VM's.
+    (directory / "others").write_text("secret")
+    for uid, stays in ((os.getuid() + 1, True), (os.getuid(), False)):
+        noted.append("user", "me", str(uid), "us", "100")
+        noted.append("temporary", "others")
+        # What a hostile record would hold.
+        noted.append("temporary", "sub/../disk.img")
+        assert run("unset-booted", "web") == 0
+        assert (directory / "others").exists() == stays
+    assert (directory / "disk.img").exists()
+
+
 def test_a_link_in_the_state_directorys_place(host: HostPaths, root: Path) -> None:
     (root / "elsewhere").mkdir()
     for name in ("booted", "notify.sock"):

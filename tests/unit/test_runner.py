@@ -75,6 +75,7 @@ def test_everything(tmp_path: Path) -> None:
         event_log="run/events.json",
         machine_uuid="12345678-1234-1234-1234-123456789abc",
         private_files=(PrivateFile("key", "/etc/a key"), PrivateFile("b.C_d-1", "/é")),
+        temporary_files=("seed.img", "b-1"),
     )
     packages.write(tmp_path, whole)
     assert runner.load(str(tmp_path)) == whole

@@ -148,6 +148,7 @@ VIRTIOFS = f"{SHARE}/virtiofs"
 CID = f"{SHARE}/vsock-cid"
 UUID = f"{SHARE}/machine-uuid"
 PRIVATE = f"{SHARE}/private-files"
+TEMPORARY = f"{SHARE}/temporary-files"
 READINESS = f"{SHARE}/readiness"
 NOTIFY = f"{SHARE}/notify-socket"
 HYPERVISOR = f"{SHARE}/hypervisor"
@@ -230,6 +231,9 @@ CASES = (
     Case("private-nameless", holds(PRIVATE, " /b\n"), "'' cannot be the name", PRIVATE, 1),
     Case("private-twice", holds(PRIVATE, "a /b\na /c\n"), "'a' stands here twice", PRIVATE, 2),
     Case("private-control", holds(PRIVATE, "a /b\x1b\n"), "is not an absolute", PRIVATE, 1),
+    Case("temporary-below", holds(TEMPORARY, "a/b\n"), "'a/b' cannot be the", TEMPORARY, 1),
+    Case("temporary-hidden", holds(TEMPORARY, "a\n.b\n"), "'.b' cannot be the", TEMPORARY, 2),
+    Case("temporary-twice", holds(TEMPORARY, "a\na\n"), "'a' stands here twice", TEMPORARY, 2),
     Case("bridge-columns", both(holds(TAPS, "a\n"), holds(BRIDGES, "a\n")), "1 col", BRIDGES, 1),
     Case("bridge-no-tap", both(holds(TAPS, "a\n"), holds(BRIDGES, "b br0\n")), "'b'", BRIDGES, 1),
     Case(
