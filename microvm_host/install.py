@@ -238,16 +238,22 @@ def roll_back(name: str, to: str | None, host: HostPaths) -> Change:
     """Give a VM a package that it had before.
 
     Args:
-        to: the beginning of that package's digest; None for the last one before the current.
+        to: the beginning of that package's digest; None for the last one before the current,
+            from which another rollback goes on to the one before that.
 
     Raises:
         MicrovmHostError: there is no such package any more.
     """
     with store.locked(host):
         before = state.pointed_to(host.current(name))
-        others = [package for package in store.kept(name, host) if package != before]
-        if to is not None:
-            others = [each for each in others if os.path.basename(each).startswith(to)]
+        if to is None:
+            others = list(store.came_before(name, before, host))
+        else:
+            others = [
+                package
+                for package in store.kept(name, host)
+                if package != before and os.path.basename(package).startswith(to)
+            ]
         if not others or (to is not None and len(others) > 1):
             raise MicrovmHostError(
                 f"microVM {name} had no other package"
@@ -255,12 +261,13 @@ def roll_back(name: str, to: str | None, host: HostPaths) -> Change:
                 if not others
                 else f"several packages of {name} begin with {to!r}",
                 path=host.history(name),
-                hint=f"`microvm history {name}` shows those that are left",
+                hint=f"`microvm history {name}` shows those that are left, to choose from",
             )
         after = runner.load(others[0]).path
         store.give(after, service.identity(name).gid)
         state.link(host.current(name), after)
-        store.note(name, after, host, instead_of=before)
+        # What is not to be installed again is what the first of several turned away from.
+        store.note(name, after, host, instead_of=store.turned_away_from(name, host) or before)
     return Change(name, before, after, state.booted(name, host))
 
 

@@ -41,7 +41,8 @@ PRIVATE_MODE = 0o640
 class Entry:
     """A package that a VM was given: when, in seconds since 1970, and how.
 
-    `instead_of` is what a rollback turned away from: that one is not installed again by itself.
+    `instead_of` is what a rollback, or several in a row, turned away from: that one is not
+    installed again by itself. It is the package itself where a rollback led back to that.
     """
 
     package: str
@@ -162,7 +163,8 @@ def history(name: str, host: HostPaths) -> tuple[Entry, ...]:
 def note(name: str, package: str, host: HostPaths, instead_of: str | None = None) -> None:
     """Write down that a VM was given a package, unless that is what was written down last."""
     entries = history(name, host)
-    if entries and (entries[-1].package, entries[-1].instead_of) == (package, instead_of):
+    last = entries[-1] if entries else None
+    if last and last.package == package and last.instead_of in (instead_of, package):
         return
     entries = (*entries, Entry(package, round(time.time(), 3), instead_of))[-_ENTRIES_MAX:]
     _make(host.histories)
@@ -178,9 +180,9 @@ def note(name: str, package: str, host: HostPaths, instead_of: str | None = None
 
 
 def turned_away_from(name: str, host: HostPaths) -> str | None:
-    """The package that the last rollback replaced, if nothing was installed since."""
-    entries = history(name, host)
-    return entries[-1].instead_of if entries else None
+    """The package that rollbacks replaced, if nothing was installed since."""
+    last = (history(name, host) or (None,))[-1]
+    return last.instead_of if last and last.instead_of != last.package else None
 
 
 def forget(name: str, host: HostPaths) -> None:
@@ -195,6 +197,27 @@ def kept(name: str, host: HostPaths) -> tuple[str, ...]:
     """The last packages that a VM had and could have again, newest first, each once."""
     found = dict.fromkeys(entry.package for entry in reversed(history(name, host)))
     return tuple(package for package in found if os.path.isdir(package))[:KEPT]
+
+
+def came_before(name: str, package: str | None, host: HostPaths) -> tuple[str, ...]:
+    """What a VM had before the package that it has, and could have again; newest first, each once.
+
+    A rollback goes back to where that package stood: before it is what came before it there, so
+    that one after the other leads to the first of all.
+    """
+    entries = history(name, host)
+    places: list[int] = []
+    for number, entry in enumerate(entries):
+        same = [each for each in range(number) if entries[each].package == entry.package]
+        if entry.instead_of is None or not same:
+            places.append(number)
+            continue
+        earlier = [each for each in same if each < places[-1]]
+        places.append(places[(earlier or same)[-1]])
+    is_last = bool(entries) and entries[-1].package == package
+    before = entries[: places[-1]] if is_last else entries
+    found = dict.fromkeys(entry.package for entry in reversed(before))
+    return tuple(each for each in found if each != package and os.path.isdir(each))
 
 
 def collect(host: HostPaths) -> list[str]:

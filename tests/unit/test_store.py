@@ -162,6 +162,44 @@ def test_rollback(host: HostPaths) -> None:
     assert stored(host) == {first, second, third, fourth}
 
 
+def back(host: HostPaths, to: str | None = None) -> str:
+    return os.path.basename(install.roll_back("web", to, host).after)
+
+
+def test_rolling_back_again_goes_further_back(host: HostPaths) -> None:
+    first, second, third = (update(host, "web", f"vcpu = {number}\n") for number in (1, 2, 3))
+    assert [back(host), back(host)] == [second, first]
+    with pytest.raises(
+        MicrovmHostError, match="no other package before, or none is left; `microvm"
+    ):
+        back(host)
+    assert current(host, "web") == first
+    # What the declaration gives is still what was turned away from.
+    assert install.declared(install_declaration(host, "web"), host).passed_over is not None
+    assert current(host, "web") == first
+    # Forth again, and from there one back at a time.
+    assert [back(host, second[:8]), back(host)] == [second, first]
+    assert back(host, third[:8]) == third
+    change = install.declared(install_declaration(host, "web"), host)
+    assert change.describe().startswith("web: up to date")
+    assert [back(host), back(host)] == [second, first]
+    # What was had before an update counts, not what it is older than.
+    fourth = update(host, "web", "vcpu = 4\n")
+    assert [back(host)] == [first]
+    with pytest.raises(MicrovmHostError, match="no other package before"):
+        back(host)
+    # Nor does what is the same as something earlier.
+    assert update(host, "web", "vcpu = 4\n") == fourth
+    assert update(host, "web", "vcpu = 2\n") == second
+    assert [back(host), back(host)] == [fourth, first]
+
+
+def test_rolling_back_passes_over_what_is_gone(host: HostPaths) -> None:
+    first, second, _ = (update(host, "web", f"vcpu = {number}\n") for number in (1, 2, 3))
+    shutil.rmtree(f"{host.packages}/{second}")
+    assert back(host) == first
+
+
 def install_declaration(host: HostPaths, name: str) -> Declaration:
     return declaration.load(host.declaration(name))
 
