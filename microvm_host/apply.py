@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import os
 
-from . import declaration, install, names, process, systemd
-from .declaration import claims
+from . import declaration, install, names, process, systemd, taken
 from .errors import DeclarationError, MicrovmHostError
 from .frozen import frozen
 
@@ -56,7 +55,7 @@ def apply(host: HostPaths, *, dry_run: bool = False) -> Iterator[Outcome]:
         runs = active.get(names.unit(found.name)) in ("active", "activating")
         try:
             if others is None and found.source.kind == "declaration":
-                others = claims.gather(host.declarations)
+                others = taken.gather(host)
             do = _would if dry_run else _bring_up
             yield do(found, host, others, runs=runs)
         except MicrovmHostError as error:

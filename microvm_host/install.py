@@ -103,7 +103,7 @@ def declared(
     """Bring a declared VM up to date, its user included; raises as from_source.
 
     Args:
-        others: what all declared VMs claim, if the caller knows already.
+        others: what all VMs claim, if the caller knows already.
         keeps_rollback: a VM that was rolled back stays so until its declaration, or what it is
             built with, changes.
     """
@@ -147,7 +147,7 @@ def from_source(
     """Take the package from its source, check it, and make it `current`.
 
     Args:
-        others: what all declared VMs claim, if the caller knows already.
+        others: what all VMs claim, if the caller knows already.
         is_declared: the source stands in a declaration, which is remembered.
         keeps_rollback: a VM that was rolled back stays so, which was somebody's wish.
 
@@ -210,10 +210,10 @@ def _image_sources(tree: Tree) -> tuple[str, ...]:
 
 def _tree(path: str, host: HostPaths, others: Claims | None) -> Tree:
     """What the package of a declared guest would be; raises MicrovmHostError."""
+    from . import taken
     from .build import declared
-    from .declaration import claims
 
-    return declared.tree(path, claims.gather(host.declarations) if others is None else others)
+    return declared.tree(path, taken.gather(host) if others is None else others)
 
 
 def would_be(

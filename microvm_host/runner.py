@@ -197,6 +197,11 @@ def load_macvtaps(path: str) -> tuple[Macvtap, ...]:
     return _Reader(path).macvtaps()
 
 
+def load_vsock_cid(path: str) -> int | None:
+    """Read just the vsock CID of the package at `path`; raises PackageError."""
+    return _Reader(path).vsock_cid()
+
+
 def load_pci_devices(path: str) -> tuple[str, ...]:
     """Read just the PCI addresses of the package at `path`; raises PackageError."""
     return _Reader(path).pci_devices()

@@ -25,7 +25,7 @@ def tree(path: str, others: Claims | None = None, tools: Callable[[Guest], Tools
 
     Args:
         path: the declaration.
-        others: what the declared VMs of this host claim.
+        others: what the VMs of this host claim.
         tools: looks for what building takes.
 
     Raises:

@@ -47,20 +47,25 @@ def of(name: str, table: dict[str, Any]) -> Iterator[Claim]:
             continue
 
 
-def gather(directory: str) -> Claims:
-    """What all declarations of a directory claim."""
-    found: Claims = {}
+def tables(directory: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The declarations of a directory, by their names; those that cannot be read are left out."""
     try:
         files = sorted(os.listdir(directory))
     except OSError:
-        return found
+        return
     for file in filter(is_declaration, files):
         path = f"{directory}/{file}"
         try:
-            name, table = name_of(path), Document(path).table
+            yield name_of(path), Document(path).table
         except DeclarationError:
             # It is told to whoever installs that one.
             continue
+
+
+def gather(directory: str) -> Claims:
+    """What all declarations of a directory claim."""
+    found: Claims = {}
+    for name, table in tables(directory):
         for claim in of(name, table):
             found.setdefault(claim, []).append(name)
     return found

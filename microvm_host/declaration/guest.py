@@ -217,7 +217,7 @@ def load(path: str, others: claims.Claims | None = None) -> tuple[Guest, Documen
     """Read what a declaration says of its guest.
 
     Args:
-        others: what the declared VMs of the host claim, this one included or not.
+        others: what the VMs of the host claim, this one included or not.
 
     Returns:
         The guest, and the document, which places the errors of who builds it.

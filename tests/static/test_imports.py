@@ -39,7 +39,7 @@ LAYERS: tuple[set[str], ...] = (
         "users",
     },
     {"attach", "declaration", "hostuse", "nodes", "pciids"},
-    {"build", "guests", "plan", "reborn", "service", "store", "systemd", "vsock"},
+    {"build", "guests", "plan", "reborn", "service", "store", "systemd", "taken", "vsock"},
     {"environment"},
     # What changes the host; these do not know of each other.
     {

@@ -18,7 +18,10 @@ from microvm_host.declaration.guest import Guest
 from microvm_host.errors import DeclarationError, MicrovmHostError
 from microvm_host.identity import Identity
 from microvm_host.paths import HostPaths
+from microvm_host.runner import Macvtap, Package, Tap
 from microvm_host.source import Source
+
+from . import packages
 
 DIGEST = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 
@@ -208,6 +211,94 @@ def test_rollback_without_a_past(host: HostPaths) -> None:
     update(host, "web")
     with pytest.raises(MicrovmHostError, match="microVM web had no other package before"):
         install.roll_back("web", None, host)
+
+
+# ---- what others have
+
+
+def interface(kind: str, name: str, mac: str) -> str:
+    more = 'macvtap = { link = "eth0", mode = "bridge" }\n' if kind == "macvtap" else ""
+    return f'[[interfaces]]\ntype = "{kind}"\nid = "{name}"\nmac = "{mac}"\n{more}'
+
+
+WANTED = {
+    "vsock CID 77": "vsock.cid = 77\n",
+    "interface t0": interface("tap", "t0", "02:00:00:00:00:11"),
+    "interface m0": interface("macvtap", "m0", "02:00:00:00:00:11"),
+    "MAC address 02:00:00:00:00:0a": interface("tap", "x0", "02:00:00:00:00:0a"),
+    "MAC address 02:00:00:00:00:0b": interface("tap", "x0", "02:00:00:00:00:0b"),
+}
+
+
+def refused(host: HostPaths) -> set[str]:
+    """What of these a declared VM cannot have, because the VM `other` has it."""
+    found = set()
+    for what, text in WANTED.items():
+        try:
+            update(host, "web", text)
+        except DeclarationError as error:
+            assert f"{what} is that of microVM other" in str(error)
+            found.add(what)
+        else:
+            install.remove("web", host)
+        os.unlink(host.declaration("web"))
+    return found
+
+
+def other_package(root: Path, name: str, **fields: object) -> str:
+    given: dict[str, object] = {
+        "taps": (Tap("t0"),),
+        "macvtaps": (Macvtap("m0", "02:00:00:00:00:0b", "eth0", "bridge"),),
+        "vsock_cid": 77,
+        **fields,
+    }
+    path = root / name
+    packages.write(path, Package(path=str(path), **given))  # type: ignore[arg-type]
+    packages.put(path, "share/microvm/tap-macs", "t0 02:00:00:00:00:0a\n")
+    return str(path)
+
+
+def test_what_a_package_of_another_vm_has_is_taken(host: HostPaths, root: Path) -> None:
+    path = other_package(root, "first")
+    install.create("other", Source("runner", path), host)
+    assert refused(host) == {*WANTED}
+    # Not by itself, though.
+    for text in WANTED.values():
+        update(host, "other", text)
+        Path(host.declaration("other")).unlink()
+    # A package that is broken claims what can be read of it.
+    state.link(host.current("other"), path)
+    packages.put(Path(path), "share/microvm/vsock-cid", "1\n")
+    assert refused(host) == {*WANTED} - {"vsock CID 77"}
+    packages.put(Path(path), "share/microvm/tap-interfaces", "a/b\n")
+    assert refused(host) == {"interface m0", "MAC address 02:00:00:00:00:0b"}
+    # What runs has what it has, whatever is next.
+    os.symlink(path, host.booted("other"))
+    state.link(host.current("other"), other_package(root, "next", taps=(), macvtaps=()))
+    packages.put(root / "next", "share/microvm/tap-macs", "")
+    assert refused(host) == {"vsock CID 77", "interface m0", "MAC address 02:00:00:00:00:0b"}
+    os.unlink(host.booted("other"))
+    assert refused(host) == {"vsock CID 77"}
+    # One that leads nowhere, and one that is gone.
+    state.link(host.current("other"), str(root / "none"))
+    assert refused(host) == set()
+    state.link(host.current("other"), path)
+    install.remove("other", host)
+    assert refused(host) == set()
+
+
+def test_of_a_declared_guest_its_declaration_counts(host: HostPaths) -> None:
+    update(host, "other", "vsock.cid = 77\n")
+    assert refused(host) == {"vsock CID 77"}
+    # Two may exchange theirs.
+    declare(host, "other", "vsock.cid = 78\n")
+    assert refused(host) == set()
+    # Declared no more, but still there.
+    Path(host.declaration("other")).unlink()
+    assert refused(host) == {"vsock CID 77"}
+
+
+# ---- on the disk
 
 
 def test_a_kernel_is_on_the_disk_once(host: HostPaths, root: Path) -> None:
