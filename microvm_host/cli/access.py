@@ -16,7 +16,7 @@ from ..runner import SHARE, VSOCK_SOCKET
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from typing import NoReturn
 
     from ..paths import HostPaths
@@ -95,10 +95,21 @@ def _be_on_console(
 
 
 def execute(
-    vm: str, host: HostPaths, argv: Sequence[str], *, has_input: bool, timeout: float
+    vm: str,
+    host: HostPaths,
+    argv: Sequence[str],
+    *,
+    has_input: bool,
+    timeout: float,
+    check: Callable[[str], None],
 ) -> NoReturn:
-    """Run a command in a guest, and exit with its code."""
+    """Run a command in a guest, and exit with its code, or EXIT_NOT_RUN.
+
+    Args:
+        check: raises MicrovmHostError for a VM that there is not.
+    """
     try:
+        check(vm)
         found = running(vm, host)
         path = found.package.agent_socket
         if path is None:

@@ -224,8 +224,7 @@ def execute(vm: str, argv: tuple[str, ...], has_input: bool, timeout: float) -> 
     words = argv[1:] if argv[:1] == ("--",) else argv
     if not words:
         raise UsageError("no command is given")
-    _existing(vm)
-    access.execute(vm, HOST, words, has_input=has_input, timeout=timeout)
+    access.execute(vm, HOST, words, has_input=has_input, timeout=timeout, check=_existing)
 
 
 @microvm.command()

@@ -150,6 +150,16 @@ def test_vm_that_does_not_exist(capfd: pytest.CaptureFixture[str], command: str)
     assert "there is no microVM none" in err
 
 
+def test_exec_that_ran_nothing(capfd: pytest.CaptureFixture[str], web: Package) -> None:
+    """Not 1, which would be the command's own code."""
+    code, out, err = run(capfd, "exec", "none", "false")
+    assert (code, out) == (255, "")
+    assert "there is no microVM none" in err and "`microvm list` lists them" in err
+    code, _, err = run(capfd, "exec", "web", "false")
+    assert code == 255
+    assert "microVM web does not run" in err
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="is about those who are not root")
 @pytest.mark.parametrize(
     "arguments",
