@@ -220,14 +220,21 @@ def _shipped() -> str:
 
 
 def _address(host: HostPaths) -> IPv4Interface:
-    """The host's address on the network; the administrator may have a file of another one."""
+    """The host's address on the network; the administrator may have a file of another one.
+
+    Drop-ins are not read, which the file itself says.
+    """
     own = _file(NETWORK, host)
     path = own if os.path.exists(own) else f"{_shipped()}/{NETWORK}"
     try:
         with open(path, encoding="utf-8") as source:
+            section = ""
             for line in source:
-                if line.startswith("Address="):
-                    return IPv4Interface(line.partition("=")[2].strip())
+                section = line.strip() if line.startswith("[") else section
+                key, _, value = line.partition("=")
+                # A static lease has an address as well.
+                if key.strip() == "Address" and section in ("[Network]", "[Address]"):
+                    return IPv4Interface(value.strip())
     except (OSError, ValueError) as error:
         raise MicrovmHostError(f"cannot be read: {error}", path=path) from error
     raise MicrovmHostError("has no Address=", path=path)

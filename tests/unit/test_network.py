@@ -123,11 +123,26 @@ def test_addresses_in_use(
     # The administrator's own files have other ones, and are left as they are.
     os.makedirs(host.networkd_files)
     for name in network.FILES:
-        text = (SHIPPED / name).read_text().replace("192.168.87.1/24", "10.9.8.1/24")
-        Path(host.networkd_files, name).write_text(text)
+        # With blanks, which systemd's files may have.
+        text = (SHIPPED / name).read_text().replace("=192.168.87.1/24", " = 10.9.8.1/24")
+        lease = "[DHCPServerStaticLease]\nAddress=10.9.8.7\n\n" if name == network.NETWORK else ""
+        Path(host.networkd_files, name).write_text(lease + text)
     assert network.enable(host) == ["mvbr0 is up with 10.9.8.1/24"]
     assert "stays" in network.disable(host)[0]
     assert networkd.files() == sorted(network.FILES)
+
+
+def test_the_file_and_the_manual_say_the_same_of_another_address() -> None:
+    """That it takes copies, since drop-ins are not read for it."""
+    head = (SHIPPED / network.NETWORK).read_text().partition("[")[0]
+    manual = (SHIPPED.parents[1] / "man/microvm-host.7").read_text()
+    drop_in = "/etc/systemd/network/60-microvm-host.network.d/local.conf"
+    for text in (head, manual):
+        assert drop_in in text and "Address=" in text
+        # Debian 12 has none.
+        assert "networkctl edit" not in text
+    assert "takes copies of this file" in " ".join(head.replace("#", "").split())
+    assert "it needs a copy of both files" in manual
 
 
 def test_a_bridge_of_somebody_else(networkd: Networkd, host: HostPaths) -> None:
