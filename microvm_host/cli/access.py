@@ -78,7 +78,7 @@ def _be_on_console(
         raise NobodyThere(f"microVM {vm} does not run")
     reason = ""
     if not read_only and found.package.console_socket is None:
-        reason = ": its package tells of no console to type at"
+        reason = f": its package tells of no console to type at{_because(found.package)}"
     elif not read_only and found.package.console_socket is not None:
         keyboard = console.Keyboard(found, host)
         try:
@@ -92,6 +92,14 @@ def _be_on_console(
             keyboard.close()
     _say(f"{vm}: read-only{reason}{how}")
     return console.follow(found, lines, key)
+
+
+def _because(package: runner.Package) -> str:
+    if package.hypervisor in (None, "qemu"):
+        return ""
+    # Their consoles go to one place, and not to the journal and a socket at once: what is built
+    # for them has its own on standard input, which is nothing in a service, and output.
+    return f", since {package.hypervisor}'s is in the journal alone; `microvm ssh` logs in"
 
 
 def execute(
@@ -113,10 +121,14 @@ def execute(
         found = running(vm, host)
         path = found.package.agent_socket
         if path is None:
+            is_qemu = found.package.hypervisor in (None, "qemu")
             raise MicrovmHostError(
                 f"the package of {vm} tells of no port of a guest agent",
                 path=f"{found.package.path}/{SHARE}/agent-socket",
-                hint="[qemu] guestAgent = true in its declaration makes one",
+                hint="[qemu] guestAgent = true in its declaration makes one"
+                if is_qemu
+                else f"QEMU's alone is known, not {found.package.hypervisor}'s; `microvm ssh` "
+                "runs commands, too",
             )
         given = sys.stdin.buffer.read() if has_input else None
         ended = guestagent.run(lambda within: found.connect(path, within), argv, given, timeout)

@@ -13,7 +13,7 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from microvm_host import __version__, attach, install, source, state, systemd
+from microvm_host import __version__, attach, console, install, source, state, systemd
 from microvm_host.cli import commands, entry, jobs
 from microvm_host.paths import HostPaths
 from microvm_host.runner import Macvtap, Package, Share, Tap
@@ -148,6 +148,38 @@ def test_vm_that_does_not_exist(capfd: pytest.CaptureFixture[str], command: str)
     code, out, err = run(capfd, command, "none")
     assert (code, out) == (1, "")
     assert "there is no microVM none" in err
+
+
+@pytest.mark.parametrize(
+    ("hypervisor", "reason", "hint"),
+    [
+        ("qemu", "", "guestAgent = true"),
+        (
+            "firecracker",
+            ", since firecracker's is in the journal alone; `microvm ssh` logs in",
+            "QEMU's alone is known, not firecracker's; `microvm ssh` runs commands, too",
+        ),
+    ],
+)
+def test_what_only_qemu_has(
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    host: HostPaths,
+    web: Package,
+    hypervisor: str,
+    reason: str,
+    hint: str,
+) -> None:
+    package = Package(path=web.path, hypervisor=hypervisor)
+    vm = attach.Running("web", host.vm("web"), package, os.getuid(), os.getgid(), "me")
+    monkeypatch.setattr(attach, "running", lambda name, host: vm)
+    monkeypatch.setattr(console, "has_process", lambda name: True)
+    monkeypatch.setattr(console, "follow", lambda vm, lines, key: console.DETACHED)
+    code, _, err = run(capfd, "console", "web")
+    assert code == 0
+    assert f"web: read-only: its package tells of no console to type at{reason}]\n" in err
+    code, _, err = run(capfd, "exec", "web", "true")
+    assert code == 255 and hint in err
 
 
 def test_exec_that_ran_nothing(capfd: pytest.CaptureFixture[str], web: Package) -> None:
