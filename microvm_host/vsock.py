@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """ssh's ProxyCommand into a guest: connects to it and hands the connection to ssh.
 
-Run as a program, `vsock.py PORT WAY...`, by `microvm ssh`; the first way that answers is taken:
+Run as a program, `vsock.py PORT WAY...`, by `microvm ssh`, or `vsock.py vsock/CID PORT`, which is
+the first of these ways. The first that answers is taken:
 
 - `cid:CID`, the kernel's vsock. systemd has a proxy like it from 256 on; this works with any.
 - `unix:UID:PATH`, the socket of a hypervisor that carries vsock itself, and the VM's user: it is
@@ -26,17 +27,21 @@ _ANSWER_MAX = 32
 
 def main(argv: list[str]) -> int:
     """Connect, and pass the connection over standard output (ssh_config(5), ProxyUseFdpass)."""
-    if len(argv) < 3 or not argv[1].isdigit():
-        sys.stderr.write("usage: vsock.py PORT WAY...\n")
+    words = argv[1:]
+    cid = words[0].removeprefix("vsock/") if len(words) == 2 else ""
+    if cid and _is_number(cid) and _is_number(words[1]):
+        words = [words[1], f"cid:{cid}"]
+    if len(words) < 2 or not _is_number(words[0]):
+        sys.stderr.write("usage: vsock.py PORT WAY...\n       vsock.py CID|vsock/CID PORT\n")
         return 2
-    port, ways = int(argv[1]), argv[2:]
+    port, ways = int(words[0]), words[1:]
     while ways:
         way = ways.pop(0)
         try:
             connection = _connect(way, port, _QUICKLY if ways else _AT_LAST)
         except OSError as error:
             _say(f"cannot reach port {port} of {_named(way)}: {error.strerror or error}", ways)
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             _say(f"cannot reach port {port} of {_named(way)}: {error}", ways)
         else:
             with connection, socket.socket(fileno=1) as ssh:
@@ -45,6 +50,10 @@ def main(argv: list[str]) -> int:
                 ssh.detach()
             return 0
     return 1
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()
 
 
 def _say(problem: str, ways: list[str]) -> None:
