@@ -20,6 +20,7 @@ VERBS = {
     "macvtap-interfaces-down": ("setup", "macvtaps_down"),
     "pci-devices-up": ("setup", "pci_up"),
     "pci-devices-down": ("setup", "pci_down"),
+    "pci-devices-down-again": ("setup", "pci_down_again"),
     "virtiofsd-up": ("setup", "shares_up"),
     "virtiofsd-down": ("setup", "shares_down"),
     "start": ("running", "start"),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 
 from .. import log, names
+from ..errors import EXIT_FAILED, MicrovmHostError
 from ..record import Record
 from . import booted
 
@@ -69,9 +70,43 @@ def pci_up(name: str, host: HostPaths) -> None:
             if last_time or not _comes_free(error.holder, host):
                 raise
     log.status(f"on vfio-pci: {', '.join(addresses)}")
+    for other in _same_users(name, identity.uid, host):
+        log.warning(
+            f"microVM {other} has PCI devices too, and runs as the same user {identity.user}: "
+            "each could open those of the other; "
+            'user = "auto" in their declarations keeps them apart',
+            vm=name,
+        )
 
 
 def pci_down(name: str, host: HostPaths) -> None:
+    failed = _failed(name, host)
+    failed.clear()
+    try:
+        _give_back(name, host)
+    except BaseException:
+        failed.append("told")
+        raise
+
+
+def pci_down_again(name: str, host: HostPaths) -> int:
+    """Finish what a helper that was killed has left of that.
+
+    What it failed at it has told, and that is not tried again at once.
+    """
+    failed = _failed(name, host)
+    if failed.read():
+        failed.clear()
+        return EXIT_FAILED
+    _give_back(name, host)
+    return 0
+
+
+def _failed(name: str, host: HostPaths) -> Record:
+    return Record(host.record(name, "pci-devices-failed"))
+
+
+def _give_back(name: str, host: HostPaths) -> None:
     from .. import pci, plan
 
     record = Record(host.record(name, pci.WHAT))
@@ -79,6 +114,23 @@ def pci_down(name: str, host: HostPaths) -> None:
         return
     with pci.Exclusive(name, host):
         plan.take_back(record, lambda done: pci.undo(done, host))
+
+
+def _same_users(name: str, uid: int, host: HostPaths) -> list[str]:
+    """The other VMs that have PCI devices now, and run as this user."""
+    from .. import pci
+    from ..sysfs import entries
+
+    found = []
+    for vm in filter(names.is_vm_name, entries(host.records)):
+        if vm != name and Record(host.record(vm, pci.WHAT)).read():
+            try:
+                if booted.identity(vm, host).uid == uid:
+                    found.append(vm)
+            except MicrovmHostError:
+                # One that is being set up, or whose record is not right: it tells that itself.
+                continue
+    return found
 
 
 def _comes_free(holder: str, host: HostPaths) -> bool:

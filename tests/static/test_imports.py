@@ -274,6 +274,7 @@ BUDGET: dict[str, set[str]] = {
     "macvtap-interfaces-down": LINKS,
     "pci-devices-up": PCI,
     "pci-devices-down": PCI,
+    "pci-devices-down-again": PCI,
     "virtiofsd-up": SETUP | READS | SYSTEMD | ours("place", "plan", "shares", "trust"),
     "virtiofsd-down": SETUP | SYSTEMD | ours("place", "plan", "shares", "trust"),
     "start": RUNNING | ours("hypervisor") | {"_signal", "select", "time"},

@@ -8,7 +8,6 @@ microVMs in it run with KVM.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,7 @@ from tests.host.virtual import VirtualHost
 from .rounds import rounds, spread
 from .shooting import shooting
 from .toolkit import IMAGE, SOURCES, Toolkit, eventually
+from .udev import check_that_udev_keeps, check_what_udev_would_do, owners, rules_of_others
 from .vms import no_helper_stays
 
 pytestmark = pytest.mark.virtual
@@ -29,7 +29,6 @@ pytestmark = pytest.mark.virtual
 # The card that the host has for it (tests/host/virtual.py).
 SPARE = "spare0"
 # Where udev reads rules that last until the next boot.
-VOLATILE_RULES = "/run/udev/rules.d"
 
 
 @pytest.fixture(scope="module")
@@ -143,38 +142,6 @@ def test_a_drop_in_makes_the_macvtaps_node_alices(machine: Toolkit) -> None:
     machine.remove("hers")
 
 
-def owners(machine: Toolkit, *nodes: str) -> list[str]:
-    """The `owner:group mode` of each node."""
-    return machine.sh(f"stat -c '%U:%G %a' {' '.join(nodes)}").splitlines()
-
-
-@contextmanager
-def rules_of_others(machine: Toolkit, name: str, text: str) -> Iterator[None]:
-    """Have udev read a further rules file, or one in the place of one that it has."""
-    machine.host.write(f"{VOLATILE_RULES}/{name}", text)
-    machine.sh("udevadm control --reload")
-    try:
-        yield
-    finally:
-        machine.sh(f"rm {VOLATILE_RULES}/{name}; udevadm control --reload")
-
-
-def check_that_udev_keeps(machine: Toolkit, device: str, node: str) -> None:
-    """Check that no event, in whatever company, changes a node, and that each mends it."""
-    found = owners(machine, node)
-    # As it is passed around for setting up passthrough.
-    rule = 'SUBSYSTEM=="macvtap|vfio|vfio-dev", OWNER="root", GROUP="kvm", MODE="0666"\n'
-    for name in ("10-of-others.rules", "99-of-others.rules"):
-        with rules_of_others(machine, name, rule):
-            # The second one as if the kernel had made the node anew.
-            seen = machine.sh(
-                f"udevadm trigger --settle --action=change {device}; stat -c '%U:%G %a' {node}; "
-                f"chown root:root {node}; chmod 644 {node}; "
-                f"udevadm trigger --settle --action=add {device}; stat -c '%U:%G %a' {node}"
-            )
-            assert seen.splitlines() == found * 2, name
-
-
 def test_udev_gives_the_macvtaps_node_to_the_vm(machine: Toolkit) -> None:
     machine.create(
         Stub(
@@ -188,11 +155,7 @@ def test_udev_gives_the_macvtaps_node_to_the_vm(machine: Toolkit) -> None:
     node, device = f"/dev/tap{index}", f"/sys/class/macvtap/tap{index}"
     assert owners(machine, node) == ["microvm:microvm 600"]
     check_that_udev_keeps(machine, device, node)
-    uid = machine.sh("id -u microvm").strip()
-    told = machine.sh(f"udevadm test {device} 2>&1")
-    ours = [line for line in told.splitlines() if "49-microvm-host.rules" in line]
-    assert any(f"OWNER {uid}" in line for line in ours), told
-    assert f"MICROVM_NODE_USER={uid}" in told
+    check_what_udev_would_do(machine, device, "microvm")
 
     machine.systemctl("stop", "microvm@its", timeout=120)
     machine.await_footprint(before, timeout=60)

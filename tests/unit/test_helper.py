@@ -564,10 +564,34 @@ def test_pci_devices_that_are_not_given_back(
     assert f"{CARD} was not taken back by driver e1000e" in err
     assert "1 of the things that were set up could not be undone" in err
     assert cards.drivers() == [None, "nvme"]
-    assert cards.records("web") == ["booted", "pci-devices"]
+    assert cards.records("web") == ["booted", "pci-devices", "pci-devices-failed"]
     cards.kernel.fails_to_bind.clear()
+    # What has failed is not tried again at once, and fails the unit.
+    assert run("pci-devices-down-again", "web") == 1
+    assert capsys.readouterr().err == ""
+    assert cards.drivers() == [None, "nvme"]
     assert run("pci-devices-down", "web") == 0
     assert cards.sysfs.picture() == cards.before
+    assert run("pci-devices-down-again", "web") == 0
+    assert cards.records("web") == ["booted"]
+
+
+def test_pci_devices_that_a_killed_helper_left(cards: Cards) -> None:
+    cards.boot("web", CARD, DISK)
+    assert run("pci-devices-up", "web") == 0
+    # It was killed before it did anything.
+    assert run("pci-devices-down-again", "web") == 0
+    assert cards.sysfs.picture() == cards.before
+    assert cards.records("web") == ["booted"]
+
+
+def test_two_vms_of_one_user_are_told_of(cards: Cards, capsys: pytest.CaptureFixture[str]) -> None:
+    cards.boot("web", CARD)
+    cards.boot("db", DISK)
+    assert run("pci-devices-up", "web") == 0
+    assert capsys.readouterr().err == ""
+    assert run("pci-devices-up", "db") == 0
+    assert "microVM web has PCI devices too, and runs as the same user" in capsys.readouterr().err
 
 
 def test_wrong_declaration_ends_the_start(cards: Cards) -> None:
