@@ -155,11 +155,6 @@ MACAddress={SPARE_MAC}
 [Link]
 Name=spare0
 """,
-    # An emulated machine's udev may take longer than a minute and a half for its first card.
-    "usr/lib/systemd/system.conf.d/10-test-host.conf": """\
-[Manager]
-DefaultDeviceTimeoutSec=10min
-""",
     "usr/lib/systemd/system/test-host-channel.service": f"""\
 [Unit]
 Description=Channel of the test host
