@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import pty
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,9 @@ from microvm_host.declaration.guest import Guest
 from microvm_host.errors import DeclarationError
 
 from . import golden
+from .test_kernels import BZIMAGE, PVH_NOTE, elf
 
+PROJECT = Path(__file__).resolve().parents[2]
 DIRECTORY = golden.DIRECTORY / "declarations"
 CASES = sorted(DIRECTORY.glob("*/*.toml"))
 RIGHT = [case for case in CASES if case.parent.name == "right"]
@@ -230,8 +233,71 @@ def test_directories_are_made_for_images_and_sockets(tmp_path: Path) -> None:
         assert (state / directory).stat().st_mode & 0o777 == 0o700
 
 
-@pytest.mark.parametrize("case", RIGHT, ids=lambda case: case.stem)
-def test_twice_the_same(case: Path) -> None:
-    one, other = tree(case), tree(case)
-    assert one == other
-    assert one.digest == other.digest
+# A process of its own: `microvm build FILE -o DIR` of each, with programs from one directory.
+_BUILD_ALL = """
+import sys
+from pathlib import Path
+from microvm_host.build import tools
+from microvm_host.cli.commands import microvm
+
+declarations, programs, output = sys.argv[1:]
+look = tools.program
+tools.program = lambda name, places=(): look(name, (programs,))
+for path in sorted(Path(declarations).glob("*.toml")):
+    microvm.main(["build", str(path), "-o", f"{output}/{path.stem}"], standalone_mode=False)
+"""
+# What each says when it is asked for its version.
+_SAID = {
+    "qemu-system-x86_64": "QEMU emulator version 10.0.0",
+    "mkfs.ext4": "mke2fs 1.47.2 (1-Jan-2025)",
+    "mkfs.erofs": "mkfs.erofs 1.8.6",
+}
+
+
+def test_twice_the_same(tmp_path: Path) -> None:
+    """All of them, by two processes that agree in little: names, bytes, modes and links."""
+    programs, boot, declarations = (tmp_path / name for name in ("bin", "it's", "declarations"))
+    for directory in (programs, boot / "$(init)", declarations):
+        directory.mkdir(parents=True)
+    others = ("mcopy", "qemu-img", *(f"mkfs.{kind}" for kind in ("xfs", "vfat", "btrfs")))
+    for name in (*_SAID, *PROGRAMS.values(), *others):
+        (programs / name).write_text(f"#!/bin/sh\necho '{_SAID.get(name, f'{name} 53.0.0')}'\n")
+        (programs / name).chmod(0o755)
+    for name, content in (
+        ("vmlinuz", BZIMAGE),
+        ("vmlinux", elf((4, PVH_NOTE))),
+        ("vmlinux-no-pvh", elf()),
+        *((name, b"initrd") for name in ("initrd", "initrd.img", "$(init)/rd")),
+    ):
+        (boot / name).write_bytes(content)
+    for case in RIGHT:
+        text = case.read_text().replace("/srv/it's here/$(init) rd", f"{boot}/$(init)/rd")
+        text = text.replace('"/boot/', f'"{boot}/')
+        (declarations / case.name).write_text(text)
+    environments = (
+        {"PYTHONHASHSEED": "1", "LC_ALL": "C.UTF-8", "TZ": "UTC"},
+        {"PYTHONHASHSEED": "2", "LC_ALL": "C", "TZ": "Asia/Tokyo", "HOME": "/nonexistent"},
+    )
+    built = []
+    for number, environment in enumerate(environments):
+        output = tmp_path / f"output{number}"
+        output.mkdir()
+        subprocess.run(
+            [sys.executable, "-B", "-c", _BUILD_ALL, declarations, programs, output],
+            env={"PATH": os.environ["PATH"], "PYTHONPATH": str(PROJECT), **environment},
+            umask=(0o022, 0o077)[number],
+            stdout=subprocess.DEVNULL,
+            check=True,
+        )
+        built.append({str(path.relative_to(output)): entry(path) for path in output.rglob("*")})
+    assert {path.partition("/")[0] for path in built[0]} == {case.stem for case in RIGHT}
+    differs = [path for path in built[0] if built[0][path] != built[1].get(path)]
+    assert (differs, built[0].keys() ^ built[1].keys()) == ([], set())
+
+
+def entry(path: Path) -> tuple[int, bytes]:
+    """What a file, link or directory is, but for its times."""
+    mode = path.lstat().st_mode
+    if path.is_symlink():
+        return mode, os.readlink(path).encode()
+    return mode, b"" if path.is_dir() else path.read_bytes()
