@@ -108,8 +108,8 @@ class Console:
             pass
         return self.text
 
-    def await_text(self, text: str) -> None:
-        eventually(self.look, lambda shown: text in shown, 120, f"no {text!r}")
+    def await_text(self, text: str, timeout: float = 180) -> None:
+        eventually(self.look, lambda shown: text in shown, timeout, f"no {text!r}")
 
     def type(self, text: str) -> None:
         assert self.process.stdin is not None

@@ -11,7 +11,7 @@ import pytest
 from tests.host.container import ContainerHost
 from tests.host.fixtures import require_container
 
-from .test_init import Terminal, with_terminal
+from .test_init import BOOTS_WITHIN, console, log_in
 from .toolkit import Toolkit, eventually
 
 pytestmark = pytest.mark.container
@@ -67,10 +67,9 @@ def test_a_vm_gets_an_address_and_a_way_out(networked: Toolkit) -> None:
     toolkit.systemctl("start", "network-online.target", timeout=90)
     toolkit.sh(ADD_OUTER)
     toolkit.sh("microvm init web")
-    terminal = with_terminal(toolkit, "web")
     toolkit.systemctl("start", "microvm@web")
-    seen = terminal.expect("eth0 has 192.168.87.")
-    address = seen.partition("eth0 has ")[2].split()[0]
+    lines = toolkit.await_line("web", "eth0 has 192.168.87.", timeout=BOOTS_WITHIN)
+    address = "\n".join(lines).partition("eth0 has ")[2].split()[0]
     # The host shows it.
     label = toolkit.sh("readlink /var/lib/microvms/web/current").strip().rpartition("/")[2]
     assert toolkit.sh("microvm -l") == f"web: current({label}), {address}\n"
@@ -81,10 +80,11 @@ def test_a_vm_gets_an_address_and_a_way_out(networked: Toolkit) -> None:
     assert [each["addresses"] for each in network["leases"]] == [[address]]
     # Host and guest reach each other, and the guest what the host reaches.
     toolkit.sh(f"ping -c 1 -W 10 {address}")
-    log_in(terminal, "web")
-    terminal.type(f"ping -c 1 -W 10 {OUTER}; echo done-$?")
-    seen = terminal.expect("done-0")
-    assert f"64 bytes from {OUTER}" in seen
+    with console(toolkit, "web") as shown:
+        log_in(shown, "web")
+        shown.type(f"ping -c 1 -W 10 {OUTER}; echo done-$?\r")
+        shown.await_text("done-0")
+        assert f"64 bytes from {OUTER}" in shown.text
     # It stays while somebody is on it.
     done = toolkit.host.run(["microvm", "network", "disable"], check=False)
     assert done.returncode == 1 and "vm-web is on mvbr0" in done.stderr
@@ -95,12 +95,6 @@ def test_a_vm_gets_an_address_and_a_way_out(networked: Toolkit) -> None:
     assert "deleted mvbr0" in said
     toolkit.sh("ip link del up0; ip netns del outer")
     toolkit.await_footprint(before)
-
-
-def log_in(terminal: Terminal, vm: str) -> None:
-    terminal.expect(f"{vm} login: ")
-    terminal.type("root")
-    terminal.expect(f"root@{vm}:/root#")
 
 
 @on("trixie")
