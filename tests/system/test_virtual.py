@@ -471,7 +471,10 @@ def test_up_again_after_a_real_reboot(machine: Toolkit) -> None:
 
 
 def test_a_declared_guest_under_kvm(machine: Toolkit, tree: Share) -> None:
-    """KVM and vhost are found; the guest says that it is ready over the vsock that it was given."""
+    """KVM and vhost are found, a macvtap with queues is opened, and the guest says it is ready.
+
+    Where it is to say so, it knows by the credential that a systemd would read.
+    """
     before = machine.footprint()
     machine.sh("mkdir -p /etc/microvms")
     machine.host.write(
@@ -480,18 +483,26 @@ def test_a_declared_guest_under_kvm(machine: Toolkit, tree: Share) -> None:
 autostart = false
 kernel = "{IMAGE}/vmlinuz"
 initrd = "{IMAGE}/initrd"
+vcpu = 2
 mem = 256
 readiness = "guest"
 vsock.cid = 55
 kernelParams = [
     "quiet", "loglevel=3", "guest.name=kvm", "guest.share=tree,/mnt/tree", "guest.prompt=1",
-    "guest.notify=/mnt/tree,vsock:2:9055", "guest.net=02:00:00:00:05:05,10.77.5.2/24",
+    "guest.notify=/mnt/tree,credential", "guest.net=02:00:00:00:05:05,10.77.5.2/24",
+    "guest.net=02:00:00:00:05:06,10.0.3.9/24", "guest.ping=10.0.3.2",
 ]
 
 [[interfaces]]
 type = "tap"
 id = "kvm0"
 mac = "02:00:00:00:05:05"
+
+[[interfaces]]
+type = "macvtap"
+id = "kvm1"
+mac = "02:00:00:00:05:06"
+macvtap = {{ link = "{SPARE}", mode = "bridge" }}
 
 [[shares]]
 tag = "tree"
@@ -500,12 +511,26 @@ proto = "virtiofs"
 readOnly = true
 """,
     )
+    # A busy host that is emulated itself takes its time.
+    machine.host.write(
+        "/etc/systemd/system/microvm@kvm.service.d/slow.conf",
+        "[Service]\nTimeoutStartSec=600\nRestart=no\n",
+    )
+    # It reloads systemd, too.
     machine.sh("microvm apply")
-    machine.systemctl("start", "microvm@kvm", timeout=300)
+    machine.systemctl("start", "microvm@kvm", timeout=620)
     lines = machine.journal("kvm")
     text = "\n".join(lines)
     assert "GUEST kvm: vsock present" in lines, text
-    assert any(line.startswith("GUEST kvm: net ") and "virtio_net" in line for line in lines), text
+    for mac in ("02:00:00:00:05:05", "02:00:00:00:05:06"):
+        assert any(f" {mac} " in line and "driver virtio_net mq 2" in line for line in lines), text
+    # The other side of the spare card: reached through the macvtap alone.
+    assert "GUEST kvm: ping 10.0.3.2 ok" in lines, text
+    # On the line that the prompt began.
+    assert any(line.endswith("GUEST kvm: notifies vsock:2:9055") for line in lines), text
+    assert machine.property("microvm@kvm", "StatusText").endswith(
+        "; the guest says: Said by systemd-notify."
+    )
     main = machine.property("microvm@kvm", "MainPID")
     command = machine.host.read(f"/proc/{main}/cmdline")
     assert "microvm,accel=kvm," in command and ",vhost=on" in command
