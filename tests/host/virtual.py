@@ -14,7 +14,7 @@ network is 10.0.3.0/24, where 10.0.3.2 answers to ping and ARP, and it leads now
 With `spare_devices=True` there are PCI devices for microVMs to have, at the addresses below
 (`SPARE_...`): two network cards, a disk, a source of random numbers, two more endpoints that share
 an IOMMU group, and two that a host may well need itself: a display, and an NVMe controller that can
-be split into virtual functions, for which QEMU must be 7.1 or newer.
+be split into virtual functions, for which QEMU must be 7.1 or newer. And there is a USB device.
 
 Commands go through ssh over a card of QEMU's user network.  The guest agent was the other
 candidate: it hands a command's output over only when the command has ended, in one piece with
@@ -62,6 +62,7 @@ SPARE_PAIR = ("0000:03:01.0", "0000:03:02.0")
 SPARE_PAIR_BRIDGE = "0000:02:00.0"
 SPARE_DISPLAY = "0000:00:0b.0"  # the console is on it
 SPARE_NVME = "0000:04:00.0"  # no disk behind it; a virtual function would be 0000:04:00.1
+SPARE_USB = ("0627", "0001")  # a tablet; vendor and product
 SPARE_E1000E_MAC = "52:54:00:6d:00:03"
 SPARE_NET_MAC = "52:54:00:6d:00:04"
 
@@ -107,6 +108,8 @@ def _spare_devices_argv(work: Path) -> list[str]:
         "-device",
         "nvme,serial=spare,subsys=subsystem12,bus=port12,max_ioqpairs=6,msix_qsize=9,"
         "sriov_max_vfs=2,sriov_vq_flexible=4,sriov_vi_flexible=2",
+        *("-device", "qemu-xhci,id=spare-usb,addr=d"),
+        *("-device", "usb-tablet,bus=spare-usb.0"),
     ]
 
 
@@ -184,7 +187,7 @@ class VirtualHost(CommandHost):
 
     `devices` are further QEMU devices, each the value of a `-device` option.  A virtio device
     that is to be passed through to a microVM needs `iommu_platform=on,disable-legacy=on`, or its
-    DMA goes past the emulated IOMMU.  PCI slots 2 to 5 are taken, and 6 to 12 with
+    DMA goes past the emulated IOMMU.  PCI slots 2 to 5 are taken, and 6 to 13 with
     `spare_devices`, which are described above.  `kernel_args` go to the end of the kernel's
     command line, where they have the last word.
 

@@ -32,6 +32,7 @@ from tests.host.virtual import (
     SPARE_PAIR,
     SPARE_PAIR_BRIDGE,
     SPARE_RNG,
+    SPARE_USB,
     VirtualHost,
 )
 
@@ -303,6 +304,75 @@ def test_a_real_guest_uses_its_devices(machine: Toolkit, vm: str) -> None:
     await_state(machine, before)
     assert "interface enp1s0 up 1" in before and "interface enp0s8 up 0" in before
     assert machine.sh("dd if=/dev/vdb bs=512 skip=1 count=1 | tr -d '\\0'") == f"written by {vm}\n"
+
+
+def test_a_declared_guest_uses_its_devices(machine: Toolkit, vm: str) -> None:
+    """A card, a USB device and the machine q35; ready by the credential that its tables have."""
+    vendor, product = SPARE_USB
+    rule = f'ATTR{{idVendor}}=="{vendor}", ATTR{{idProduct}}=="{product}"'
+    rules = "/run/udev/rules.d/60-spare-usb.rules"
+    # USB devices are the administrator's to give.
+    machine.host.write(rules, f'SUBSYSTEM=="usb", {rule}, OWNER="microvm"\n')
+    machine.sh(
+        "udevadm control --reload; udevadm trigger --settle --subsystem-match=usb; "
+        "mkdir -p /etc/microvms /srv/tree; mount --bind / /srv/tree"
+    )
+    machine.host.write(
+        f"/etc/microvms/{vm}.toml",
+        f"""\
+autostart = false
+kernel = "{IMAGE}/vmlinuz"
+initrd = "{IMAGE}/initrd"
+mem = 256
+readiness = "guest"
+vsock.cid = 66
+kernelParams = [
+    "quiet", "loglevel=3", "guest.name={vm}", "guest.share=tree,/mnt/tree",
+    "guest.notify=/mnt/tree,credential", "guest.net={SPARE_E1000E_MAC},10.0.4.15/24",
+    "guest.ping=10.0.4.2", "guest.usb={vendor}:{product}",
+]
+
+[[shares]]
+tag = "tree"
+source = "/srv/tree"
+proto = "virtiofs"
+readOnly = true
+
+[[devices]]
+bus = "pci"
+path = "{SPARE_E1000E}"
+
+[[devices]]
+bus = "usb"
+path = "vendorid=0x{vendor},productid=0x{product}"
+""",
+    )
+    # A busy host that is emulated itself takes its time.
+    machine.host.write(
+        f"/etc/systemd/system/microvm@{vm}.service.d/slow.conf",
+        "[Service]\nTimeoutStartSec=600\nRestart=no\n",
+    )
+    before, input_devices = state(machine), machine.sh("ls -d /sys/bus/usb/drivers/usbhid/*:*")
+    # It reloads systemd, too.
+    machine.sh("microvm apply")
+    machine.systemctl("start", f"microvm@{vm}", timeout=620)
+    lines = machine.journal(vm)
+    text = "\n".join(lines)
+    assert drivers(machine, SPARE_E1000E) == ["vfio-pci"]
+    assert has_line(text, f"GUEST {vm}: pci", "8086:10d3 driver e1000e"), text
+    assert has_line(text, f"GUEST {vm}: net", SPARE_E1000E_MAC, "driver e1000e"), text
+    assert f"GUEST {vm}: ping 10.0.4.2 ok" in lines, text
+    assert f"GUEST {vm}: usb {vendor}:{product} QEMU USB Tablet" in lines, text
+    assert f"GUEST {vm}: notifies vsock:2:9066" in lines, text
+    command = machine.host.read(f"/proc/{main_process(machine, vm)}/cmdline")
+    assert "\0q35,accel=kvm," in command, command
+    status = machine.property(f"microvm@{vm}", "StatusText")
+    assert status.endswith("; the guest says: Said by systemd-notify."), status
+    machine.systemctl("stop", f"microvm@{vm}", timeout=120)
+    assert machine.property(f"microvm@{vm}", "Result") == "success"
+    await_state(machine, before)
+    assert machine.sh("ls -d /sys/bus/usb/drivers/usbhid/*:*") == input_devices
+    machine.sh(f"umount /srv/tree; rm {rules}; udevadm control --reload")
 
 
 def test_addresses_in_their_other_forms(machine: Toolkit, vm: str) -> None:
