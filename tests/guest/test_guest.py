@@ -239,7 +239,7 @@ def test_early_script_is_back_before_a_slow_guest_has_stopped(image: Image, tmp_
         console.expect("GUEST web: ready")
         assert console.shutdown().returncode == 0
         assert console.process.poll() is None
-        console.expect("GUEST web: stopping takes 4 s")
+        console.expect("GUEST web: stopping takes 10 s")
         assert console.ends() == 0
         assert "GUEST web: powering off" in str(console)
 
