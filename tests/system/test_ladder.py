@@ -224,13 +224,14 @@ def test_what_became_of_the_guest_and_what_follows(toolkit: Toolkit, vm: str) ->
             toolkit.await_line(name, said, timeout=300)
 
             def shown_of(name: str = name) -> list[str]:
-                return toolkit.sh(
-                    f"systemctl show -P ActiveState -P StatusText microvm@{name}"
-                ).splitlines()
+                # Of one moment, in whatever order.
+                argv = ["show", "--property=ActiveState,StatusText", f"microvm@{name}"]
+                return sorted(toolkit.systemctl(*argv).splitlines())
 
             def settled(found: list[str], state: str = state) -> bool:
-                waits = any(line.startswith("Starts again in ") for line in found)
-                return found[:1] == [state] and waits == (state == "activating")
+                active, status = found
+                waits = status.startswith("StatusText=Starts again in ")
+                return active == f"ActiveState={state}" and waits == (state == "activating")
 
             # One that is started again is also "activating" before its wait, and down in between.
             eventually(shown_of, settled, 60, f"{name} does not become {state}")
