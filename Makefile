@@ -143,11 +143,12 @@ IN_TOOLS = tools=$$(tests/environment) &&
 # -B and no cache: nothing is written into the checkout, by whichever user.
 PYTEST = $$tools/bin/python -B -m pytest -p no:cacheprovider
 
+# Four at a time on however many processors: half of them wait for something.
 check:
 	$(IN_TOOLS) $$tools/bin/ruff format --no-cache --check -q $(CODE)
 	$(IN_TOOLS) $$tools/bin/ruff check --no-cache -q $(CODE)
 	$(IN_TOOLS) $$tools/bin/mypy --cache-dir=$$tools/mypy-cache $(CODE)
-	$(IN_TOOLS) $(PYTEST) -q -n auto tests/unit tests/static
+	$(IN_TOOLS) $(PYTEST) -q -n 4 tests/unit tests/static
 
 # FUZZ="package --runs 5000000 --seed 2" says which, how many and which others.
 fuzz:
