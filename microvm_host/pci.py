@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from .plan import Step
 
 WHAT = "pci-devices"
+# A note of the helper that could not give all of them back, for the one that follows it.
+FAILED = "pci-devices-failed"
 
 # A driver may wait for whoever uses its device before it lets go, without an end of its own.
 LETS_GO_WITHIN = 30.0  # seconds

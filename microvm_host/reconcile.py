@@ -104,6 +104,7 @@ UNDO: dict[str, Callable[[Record, str, HostPaths], list[str]]] = {
     "macvtap-interfaces": _undo_macvtaps,
     "tap-interfaces": _undo_taps,
     pci.WHAT: _undo_pci,
+    pci.FAILED: _forget,
     handover.WHAT: _undo_private,
     "booted": _forget_booted,
     "ends": _forget,

@@ -103,7 +103,9 @@ def pci_down_again(name: str, host: HostPaths) -> int:
 
 
 def _failed(name: str, host: HostPaths) -> Record:
-    return Record(host.record(name, "pci-devices-failed"))
+    from .. import pci
+
+    return Record(host.record(name, pci.FAILED))
 
 
 def _give_back(name: str, host: HostPaths) -> None:

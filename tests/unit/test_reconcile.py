@@ -490,6 +490,15 @@ def test_command_asks(
     assert command == stopped
 
 
+@pytest.mark.parametrize("what", ["ends", "lost-shares", "served-shares", "pci-devices-failed"])
+def test_notes_set_nothing_up(host: HostPaths, what: str) -> None:
+    record = Record(host.record("web", what))
+    record.append("anything")
+    (found,) = reconcile.find(host)
+    assert undone([found], host) == [(record.path, ())]
+    assert record.read() == []
+
+
 def test_pci_devices(host: HostPaths) -> None:
     """Of one that is gone there is nothing to give back but its node."""
     node = Path(host.vfio_group_node("12"))
