@@ -12,6 +12,8 @@ import pytest
 
 from microvm_host.paths import HostPaths
 
+from .sysfs_trees import Sysfs
+
 # Where hypothesis keeps its tables of Unicode; by default that is the checkout.
 CACHE = os.environ.get("XDG_CACHE_HOME") or os.path.join(Path.home(), ".cache")
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", f"{CACHE}/microvm-host/hypothesis")
@@ -40,3 +42,9 @@ def host(root: Path) -> HostPaths:
     host = HostPaths(str(root))
     Path(host.state).mkdir(parents=True)
     return host
+
+
+@pytest.fixture
+def sysfs(root: Path) -> Sysfs:
+    """A sysfs of its own below that directory."""
+    return Sysfs(root)

@@ -15,11 +15,6 @@ from .sysfs_trees import DISPLAY, NETWORK, STORAGE, Kernel, Sysfs
 CARD, OTHER = "0000:03:00.0", "0000:04:00.0"
 
 
-@pytest.fixture
-def sysfs(root: Path) -> Sysfs:
-    return Sysfs(root)
-
-
 @pytest.fixture(autouse=True)
 def kernel(sysfs: Sysfs, monkeypatch: pytest.MonkeyPatch) -> Kernel:
     kernel = Kernel(sysfs)

@@ -38,11 +38,6 @@ CARD, SECOND, VMD, ADMINS = "0000:03:00.0", "0000:03:00.1", "10000:e1:00.0", "00
 RICH = (CARD, SECOND, VMD, ADMINS)
 
 
-@pytest.fixture
-def sysfs(root: Path) -> Sysfs:
-    return Sysfs(root)
-
-
 @pytest.fixture(autouse=True)
 def kernel(sysfs: Sysfs, monkeypatch: pytest.MonkeyPatch) -> Kernel:
     kernel = Kernel(sysfs)

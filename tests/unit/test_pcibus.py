@@ -13,11 +13,6 @@ from microvm_host.paths import HostPaths
 from .sysfs_trees import BRIDGE, ISA_BRIDGE, Sysfs
 
 
-@pytest.fixture
-def sysfs(root: Path) -> Sysfs:
-    return Sysfs(root)
-
-
 def test_device(sysfs: Sysfs) -> None:
     directory = sysfs.device("0000:03:00.0", "e1000e", 7, ids=(0x8086, 0x15B8))
     found = pcibus.device("0000:03:00.0", sysfs.host)

@@ -7,7 +7,6 @@ import errno
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -19,11 +18,6 @@ from .sysfs_trees import Kernel, Sysfs
 
 CARD = "0000:03:00.0"
 ONE, OTHER = "52:54:00:00:00:01", "52:54:00:00:00:02"
-
-
-@pytest.fixture
-def sysfs(root: Path) -> Sysfs:
-    return Sysfs(root)
 
 
 @pytest.fixture(autouse=True)
