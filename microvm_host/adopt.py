@@ -14,9 +14,10 @@ Never a part of a start: an administrator asks for it, of a VM that is down.
 from __future__ import annotations
 
 import os
+import shlex
 import stat
 
-from . import state
+from . import mounts, state
 from .errors import MicrovmHostError
 from .frozen import frozen
 from .paths import OPENED
@@ -38,6 +39,21 @@ class Adoption:
     left: tuple[str, ...]
 
 
+def check(name: str, host: HostPaths) -> None:
+    """Refuse while something is mounted in a VM's state directory; it may be a mount itself.
+
+    Raises:
+        MicrovmHostError: it names the mount.
+    """
+    found = mounts.below(host.vm(name), host)
+    if found:
+        raise MicrovmHostError(
+            "is a mount point; not changing the owner of what is mounted",
+            path=found[0],
+            hint=f"unmount it first: umount {shlex.quote(found[0])}",
+        )
+
+
 def adopt(name: str, former: int, identity: Identity, host: HostPaths) -> Adoption:
     """Give the files of `former` in a VM's state directory to the VM's user, for them alone.
 
@@ -46,14 +62,15 @@ def adopt(name: str, former: int, identity: Identity, host: HostPaths) -> Adopti
         identity: whom the VM runs as.
 
     Raises:
-        MicrovmHostError: there is no such directory, or it is none.
+        MicrovmHostError: there is no such directory, or something is mounted in it.
     """
+    check(name, host)
     # First of all, so that from here on nobody moves what is not theirs.
     state.prepare(name, identity.gid, host)
     walk = _Walk(former, identity)
     directory = os.open(host.vm(name), os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        walk.device = os.fstat(directory).st_dev
+        walk.mount = mounts.mount_id(directory)
         walk.enter(directory, "", 0)
     finally:
         os.close(directory)
@@ -69,7 +86,7 @@ class _Walk:
             )
         self.former = former
         self.identity = identity
-        self.device = 0
+        self.mount = ""
         self.given: list[str] = []
         self.left: list[str] = []
 
@@ -82,7 +99,7 @@ class _Walk:
                 continue
             try:
                 status = os.fstat(entry)
-                reason = self._reason_to_leave(status, depth)
+                reason = self._reason_to_leave(entry, status, depth)
                 if reason:
                     self._leave(path, reason)
                 elif status.st_uid == self.former:
@@ -107,13 +124,13 @@ class _Walk:
         finally:
             os.close(inner)
 
-    def _reason_to_leave(self, status: os.stat_result, depth: int) -> str:
+    def _reason_to_leave(self, entry: int, status: os.stat_result, depth: int) -> str:
         """Why something is left as it is; nothing if it may be given, or is the new user's."""
         kind = stat.S_IFMT(status.st_mode)
         if kind in (stat.S_IFBLK, stat.S_IFCHR):
             return "is a device"
-        if status.st_dev != self.device:
-            return "lies on another file system"
+        if mounts.mount_id(entry) != self.mount:
+            return "lies on another mount"
         if status.st_uid in (0, self.identity.uid):
             # Ours and theirs already. Directories of both are looked into.
             return ""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-from . import declaration, install, names, network, systemd
+from . import declaration, install, names, network, state, systemd
 from .errors import MicrovmHostError, UsageError
 from .frozen import frozen
 from .guests import archives, bootstrap, debian, kernel, keys, small, template
@@ -173,7 +173,8 @@ def declare(
             path=path,
             hint="--force replaces that, and keeps it as .old",
         )
-    if not is_declared and os.path.lexists(host.vm(wish.name)):
+    has_state = os.path.lexists(host.vm(wish.name)) and not state.is_unused(wish.name, host)
+    if not is_declared and has_state:
         raise UsageError(
             f"microVM {wish.name} exists already, and is not declared",
             path=host.vm(wish.name),

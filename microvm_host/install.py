@@ -76,7 +76,7 @@ def create(name: str, source: Source, host: HostPaths, user: str | None = None) 
         MicrovmHostError, PackageError: its package cannot be had; nothing is left behind.
     """
     path = host.vm(name)
-    if os.path.lexists(path):
+    if os.path.lexists(path) and not state.is_unused(name, host):
         raise UsageError(
             f"microVM {name} exists already",
             path=path,
@@ -271,19 +271,11 @@ def roll_back(name: str, to: str | None, host: HostPaths) -> Change:
     return Change(name, before, after, state.booted(name, host))
 
 
-def remove(name: str, host: HostPaths) -> None:
-    """Delete a VM that does not run, with all of its state; its user stays."""
-    _remove(name, host)
-    if os.path.isdir(host.packages):
-        with store.locked(host):
-            store.collect(host)
-
-
 def _remove(name: str, host: HostPaths) -> None:
     store.forget(name, host)
     shutil.rmtree(host.vm(name))
     users.remove_drop_in(name, host)
-    _forget_gc_roots(name, host)
+    forget_gc_roots(name, host)
 
 
 def evaluate(name: str, flake: str) -> str:
@@ -365,7 +357,8 @@ def _keep_from_collection(name: str, package: str, host: HostPaths) -> None:
     state.link(f"{host.gc_roots}/booted-{name}", host.booted(name))
 
 
-def _forget_gc_roots(name: str, host: HostPaths) -> None:
+def forget_gc_roots(name: str, host: HostPaths) -> None:
+    """Leave the packages of a VM to nix's garbage collector."""
     for root in (f"{host.gc_roots}/{name}", f"{host.gc_roots}/booted-{name}"):
         if os.path.islink(root):
             os.unlink(root)

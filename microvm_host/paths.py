@@ -34,6 +34,8 @@ MICROVM_PREPARE = "bin/microvm-prepare"
 # What one has open, by number: a link that leads to it, whatever its name means by now
 # (proc_pid_fd(5)). The kernel's own, so that no root is before it.
 OPENED = "/proc/self/fd"
+# What the kernel tells of each of these (proc_pid_fdinfo(5)).
+OPENED_FACTS = "/proc/self/fdinfo"
 
 VIRTIOFSD_RUN = "bin/virtiofsd-run"
 MICROVM_BALLOON = "bin/microvm-balloon"

@@ -54,6 +54,15 @@ def check_current(name: str, host: HostPaths) -> None:
         )
 
 
+def is_unused(name: str, host: HostPaths) -> bool:
+    """Whether a state directory is there and empty, as a file system made for the VM is."""
+    path = host.vm(name)
+    try:
+        return not os.path.islink(path) and {"lost+found"}.issuperset(os.listdir(path))
+    except OSError:
+        return False
+
+
 def prepare(name: str, gid: int, host: HostPaths) -> bool:
     """Give the state directory its owner and mode, making it if it is not there.
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .. import init as initial
     from .. import install, listing, pcilisting, reconcile, runner, service, state, systemd, users
     from .. import network as networking
+    from .. import remove as removal
     from . import access, built, jobs, networks, table
     from . import fresh as fresh_guests
     from . import pci as pci_commands
@@ -37,7 +38,7 @@ else:
     service, systemd, users = Later("..service"), Later("..systemd"), Later("..users")
     access, built, fresh_guests = Later(".access"), Later(".built"), Later(".fresh")
     initial, jobs, networks = Later("..init"), Later(".jobs"), Later(".networks")
-    networking = Later("..network")
+    networking, removal = Later("..network"), Later("..remove")
     pci_commands, table = Later(".pci"), Later(".table")
 
 HOST = HostPaths.from_environment()
@@ -137,22 +138,22 @@ def adopt(vm: str, former: str | None, user: str | None) -> None:
     """
     _as_root()
     _existing(vm)
-    if listing.rows(HOST, (vm,))[0].runs:
-        raise MicrovmHostError(f"microVM {vm} is running", hint=f"microvm stop {vm}")
-    before = users.uid(former) if former else service.identity(vm).uid
-    if user is not None:
-        if os.path.exists(HOST.declaration(vm)):
-            raise MicrovmHostError(
-                f"microVM {vm} is declared, and its declaration says whom it runs as",
-                path=HOST.declaration(vm),
-                hint=f'write user = "{users.checked(user)}" there',
-            )
-        users.ensure(vm, users.checked(user), HOST)
-        users.write_drop_in(vm, user, HOST)
-    identity = service.identity(vm)
-    if before == identity.uid:
-        before = users.uid(users.SHARED)
-    done = adoption.adopt(vm, before, identity, HOST)
+    with removal.kept_down(vm, HOST):
+        adoption.check(vm, HOST)
+        before = users.uid(former) if former else service.identity(vm).uid
+        if user is not None:
+            if os.path.exists(HOST.declaration(vm)):
+                raise MicrovmHostError(
+                    f"microVM {vm} is declared, and its declaration says whom it runs as",
+                    path=HOST.declaration(vm),
+                    hint=f'write user = "{users.checked(user)}" there',
+                )
+            users.ensure(vm, users.checked(user), HOST)
+            users.write_drop_in(vm, user, HOST)
+        identity = service.identity(vm)
+        if before == identity.uid:
+            before = users.uid(users.SHARED)
+        done = adoption.adopt(vm, before, identity, HOST)
     for line in done.left:
         click.echo(f"{vm}: left as it is: {line}", err=True)
     click.echo(f"{vm}: runs as {identity.user}, who was given {len(done.given)} files")
@@ -542,25 +543,19 @@ def remove(vms: tuple[str, ...], yes: bool) -> None:
     _as_root()
     for vm in vms:
         _existing(vm)
-    for row in listing.rows(HOST, vms):
-        if row.runs:
-            raise MicrovmHostError(
-                f"microVM {row.name} is running", hint=f"microvm stop {row.name}"
-            )
-        if os.path.exists(HOST.declaration(row.name)):
-            raise MicrovmHostError(
-                f"microVM {row.name} is declared and would come back at boot",
-                path=HOST.declaration(row.name),
-                hint="delete this file first",
-            )
+    # All of them, before the first is deleted.
+    for vm in vms:
+        removal.check(vm, HOST)
+    for vm in dict.fromkeys(vms):
         if not yes:
             click.confirm(
-                f"Delete {row.name} with all of its disks and data in {HOST.vm(row.name)}?",
-                abort=True,
+                f"Delete {vm} with all of its disks and data in {HOST.vm(vm)}?", abort=True
             )
-        jobs.disable(row.name)
-        install.remove(row.name, HOST)
-        click.echo(f"{row.name}: removed")
+        with removal.kept_down(vm, HOST):
+            removal.check(vm, HOST)
+            jobs.disable(vm)
+            removal.remove(vm, HOST)
+        click.echo(f"{vm}: removed")
 
 
 @microvm.command()

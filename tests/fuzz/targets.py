@@ -36,6 +36,7 @@ from microvm_host import (
     links,
     listing,
     log,
+    mounts,
     names,
     pci,
     place,
@@ -335,7 +336,7 @@ def _adopt(host: HostPaths) -> None:
     walk = adopt._Walk(_FORMER, Identity("microvm-web", 4242, "microvm-web", 4242))
     directory = os.open(state, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        walk.device = os.fstat(directory).st_dev
+        walk.mount = mounts.mount_id(directory)
 
         def give(entry: int, status: os.stat_result) -> None:
             place = os.readlink(f"{OPENED}/{entry}")

@@ -31,6 +31,7 @@ LAYERS: tuple[set[str], ...] = (
         "interfaces",
         "leases",
         "log",
+        "mounts",
         "pcibus",
         "place",
         "runner",
@@ -61,7 +62,7 @@ LAYERS: tuple[set[str], ...] = (
         "guestagent",
     },
     {"diff", "install", "listing", "network", "pcilisting"},
-    {"apply", "init", "reconcile"},
+    {"apply", "init", "reconcile", "remove"},
     # Entry points, which nothing imports.
     {"generator", "helper", "cli"},
 )

@@ -226,6 +226,58 @@ def test_remove(toolkit: Toolkit, vm: str) -> None:
     )
 
 
+def test_remove_and_adopt_leave_mounts_alone(toolkit: Toolkit, vm: str) -> None:
+    """A bind mount of the same file system in the state directory, and one that is all of it."""
+    state, data = f"/var/lib/microvms/{vm}", f"/srv/{vm}"
+    toolkit.sh(f"mkdir -p {data} {state} && chown microvm {data} && mount --bind {data} {state}")
+    try:
+        # An empty mount point is a state directory as good as any.
+        toolkit.create(Stub(name=vm))
+        refused = toolkit.host.run(["microvm", "remove", "-y", vm], check=False)
+        assert refused.returncode == 1
+        assert f"{state}: is a mount point" in refused.stderr
+    finally:
+        toolkit.sh(f"umount {state}")
+    toolkit.sh(f"mv {data}/* {state}/ && chown microvm {data}")
+    toolkit.sh(
+        f"touch {data}/file && chown microvm {data}/file && mkdir {state}/data && "
+        f"mount --bind {data} {state}/data"
+    )
+    try:
+        before = toolkit.sh(f"find {state} -printf '%p %u %m\n' | sort")
+        for command in (["remove", "-y", vm], ["adopt", vm, "--user", "root"], ["adopt", vm]):
+            refused = toolkit.host.run(["microvm", *command], check=False)
+            assert refused.returncode == 1
+            if "root" not in command:
+                assert f"{state}/data: is a mount point" in refused.stderr
+        assert toolkit.sh(f"find {state} -printf '%p %u %m\n' | sort") == before
+    finally:
+        toolkit.sh(f"umount {state}/data")
+    toolkit.host.run(["microvm", "remove", "-y", vm])
+    assert toolkit.sh(f"ls {data}; rm -r {data}") == "file\n"
+
+
+def test_a_vm_that_starts_while_remove_asks_is_kept(toolkit: Toolkit, vm: str) -> None:
+    toolkit.create(Stub(name=vm))
+    state = f"/var/lib/microvms/{vm}"
+    # The answer comes when the VM is up.
+    asked = toolkit.sh(
+        f"{{ sleep 0.5; systemctl start microvm@{vm}; echo y; }} | microvm remove {vm} 2>&1",
+        check=False,
+    )
+    assert f"microVM {vm} is running" in asked
+    assert toolkit.host.exists(f"{state}/current")
+    assert toolkit.property(f"microvm@{vm}", "ActiveState") == "active"
+    # And one that comes up in the same moment is either kept whole, or does not start.
+    toolkit.systemctl("stop", f"microvm@{vm}")
+    toolkit.sh(
+        f"systemctl start microvm@{vm} 2>/dev/null & microvm remove -y {vm} 2>/dev/null; wait",
+        check=False,
+    )
+    runs = toolkit.property(f"microvm@{vm}", "ActiveState") == "active"
+    assert toolkit.host.exists(f"{state}/current") == toolkit.host.exists(state) == runs
+
+
 def test_stop_returns_when_nothing_is_left(toolkit: Toolkit, vm: str) -> None:
     toolkit.create(
         Stub(

@@ -285,9 +285,13 @@ def test_a_vm_that_is_there_is_left_alone(whole: HostPaths, installed: list[str]
         init.declare(Wish("web"), whole, nothing)
     assert path.read_text() == "# mine\n"
     os.mkdir(whole.vm("db"))
+    Path(whole.vm("db"), "disk.img").write_text("data")
     with pytest.raises(UsageError, match="exists already, and is not declared"):
         init.declare(Wish("db"), whole, nothing, replaces=True)
     assert os.listdir(whole.declarations) == ["web.toml"] and installed == []
+    # The mount point of a file system that was made for the VM.
+    os.mkdir(whole.vm("new"))
+    init.declare(Wish("new"), whole, nothing)
     said: list[str] = []
     init.declare(Wish("web"), whole, said.append, replaces=True)
     assert Path(f"{path}.old").read_text() == "# mine\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from microvm_host import install, service, source, state
+from microvm_host import install, remove, service, source, state
 from microvm_host.errors import MicrovmHostError, PackageError, UsageError
 from microvm_host.identity import Identity
 from microvm_host.paths import HostPaths
@@ -72,6 +72,37 @@ def snapshot(directory: str) -> dict[str, str]:
 
 
 # ---- from a path
+
+
+@pytest.mark.parametrize("inside", [(), ("lost+found",)])
+def test_create_takes_an_empty_directory(
+    host: HostPaths, one: str, root: Path, inside: tuple[str, ...]
+) -> None:
+    """Such as the mount point of a file system that was made for the VM."""
+    web = Path(host.vm("web"))
+    web.mkdir()
+    for name in inside:
+        (web / name).mkdir()
+    with pytest.raises(PackageError):
+        install.create("web", Source("runner", str(root / "none")), host)
+    assert sorted(os.listdir(web)) == sorted(inside)
+    assert install.create("web", Source("runner", one), host).before is None
+    assert os.readlink(web / "current") == one
+
+
+@pytest.mark.parametrize("inside", ["disk.img", ".hidden", "link"])
+def test_create_takes_nothing_that_has_files(
+    host: HostPaths, one: str, root: Path, inside: str
+) -> None:
+    web = Path(host.vm("web"))
+    if inside == "link":
+        (root / "elsewhere").mkdir()
+        web.symlink_to(root / "elsewhere")
+    else:
+        web.mkdir()
+        (web / inside).write_text("data")
+    with pytest.raises(UsageError, match="exists already"):
+        install.create("web", Source("runner", one), host)
 
 
 def test_create(host: HostPaths, one: str) -> None:
@@ -282,7 +313,7 @@ def test_remove(host: HostPaths, one: str) -> None:
         install.create(name, Source("runner", one), host)
         install._keep_from_collection(name, "/nix/store/x-microvm", host)
     Path(host.vm("web"), "disk.img").write_text("data")
-    install.remove("web", host)
+    remove.remove("web", host)
     assert os.listdir(host.state) == ["web-2"]
     assert sorted(os.listdir(host.gc_roots)) == ["booted-web-2", "web-2"]
     # The package is not ours to delete.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from microvm_host import declaration, install, runner, service, source, state, store
+from microvm_host import declaration, install, remove, runner, service, source, state, store
 from microvm_host.build import declared
 from microvm_host.build.tools import Blob, Tools
 from microvm_host.build.tree import Copy, File, Tree
@@ -121,7 +121,7 @@ def test_the_last_few_are_kept(host: HostPaths) -> None:
         update(host, "web", f"vcpu = {number}\n")
     assert {other, packages[-2]} < stored(host)
     assert len(stored(host)) == store.KEPT + 2
-    install.remove("web", host)
+    remove.remove("web", host)
     assert stored(host) == {other}
     assert not os.path.exists(host.history("web"))
 
@@ -240,7 +240,7 @@ def refused(host: HostPaths) -> set[str]:
             assert f"{what} is that of microVM other" in str(error)
             found.add(what)
         else:
-            install.remove("web", host)
+            remove.remove("web", host)
         os.unlink(host.declaration("web"))
     return found
 
@@ -283,7 +283,7 @@ def test_what_a_package_of_another_vm_has_is_taken(host: HostPaths, root: Path) 
     state.link(host.current("other"), str(root / "none"))
     assert refused(host) == set()
     state.link(host.current("other"), path)
-    install.remove("other", host)
+    remove.remove("other", host)
     assert refused(host) == set()
 
 
