@@ -11,22 +11,26 @@ fails leaves the old one.
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
-from contextlib import ExitStack
 
-from . import declaration, images, runner, service, state, store, users
+from . import build_record, declaration, install_lock, runner, service, state, store, users
+from .build_record import Built, Looks
 from .errors import MicrovmHostError, UsageError
+from .file_stamp import Inputs
 from .frozen import frozen
+from .paths import MICROVM_RUN
 from .source import DECLARED, KINDS, Source, remembered
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from .build.tree import Tree
+    from .build.declared import Plan
     from .declaration import Declaration
     from .declaration.claims import Claims
+    from .identity import Identity
+    from .install_lock import Lock
     from .paths import HostPaths
 
+# Endings of an image's name while it is made (build.volumes.TEMPORARY).
+_UNFINISHED = (".new", ".raw")
 NIX = ("nix", "--extra-experimental-features", "nix-command flakes")
 
 
@@ -76,21 +80,34 @@ def create(name: str, source: Source, host: HostPaths, user: str | None = None) 
         MicrovmHostError, PackageError: its package cannot be had; nothing is left behind.
     """
     path = host.vm(name)
-    if os.path.lexists(path) and not state.is_unused(name, host):
-        raise UsageError(
-            f"microVM {name} exists already",
-            path=path,
-            hint=f"`microvm update {name}` updates it, `microvm remove {name}` removes it",
-        )
-    if user is not None:
-        users.ensure(name, user, host)
-        users.write_drop_in(name, user, host)
-    try:
-        return from_source(name, source, host)
-    except BaseException:
+    with install_lock.of_vm(name, host, f"creates {name}") as lock:
+        if os.path.lexists(path) and not (state.is_unused(name, host) or _is_unfinished(path)):
+            raise UsageError(
+                f"microVM {name} exists already",
+                path=path,
+                hint=f"`microvm update {name}` updates it, `microvm remove {name}` removes it",
+            )
         if user is not None:
-            users.remove_drop_in(name, host)
-        raise
+            users.ensure(name, user, host)
+            users.write_drop_in(name, user, host)
+        try:
+            return _Installation(name, source, host, lock).carry_out()
+        except BaseException:
+            if user is not None:
+                users.remove_drop_in(name, host)
+            raise
+
+
+def _is_unfinished(directory: str) -> bool:
+    """Whether a state directory holds nothing but what an install that was killed left."""
+    known = (*KINDS, DECLARED)
+    try:
+        with os.scandir(directory) as found:
+            return not os.path.islink(directory) and all(
+                each.name in known and each.is_file(follow_symlinks=False) for each in found
+            )
+    except OSError:
+        return False
 
 
 def declared(
@@ -99,6 +116,8 @@ def declared(
     others: Claims | None = None,
     *,
     keeps_rollback: bool = True,
+    looks: Looks | None = None,
+    collects: bool = True,
 ) -> Change:
     """Bring a declared VM up to date, its user included; raises as from_source.
 
@@ -106,12 +125,62 @@ def declared(
         others: what all VMs claim, if the caller knows already.
         keeps_rollback: a VM that was rolled back stays so until its declaration, or what it is
             built with, changes.
+        looks: looks at what has changed, for several VMs at once.
+        collects: delete packages that nobody needs any more; else the caller does it.
     """
-    if found.user is not None:
-        users.ensure(found.name, found.user, host)
-    return from_source(
-        found.name, found.source, host, others, is_declared=True, keeps_rollback=keeps_rollback
-    )
+    with install_lock.of_vm(found.name, host, f"installs {found.name}") as lock:
+        change = _if_unchanged(found.name, host, looks or Looks(host), keeps_rollback)
+        if change is not None:
+            return change
+        if found.user is not None:
+            users.ensure(found.name, found.user, host)
+        return _Installation(
+            found.name,
+            found.source,
+            host,
+            lock,
+            others,
+            is_declared=True,
+            keeps_rollback=keeps_rollback,
+            collects=collects,
+        ).carry_out()
+
+
+def if_unchanged(name: str, host: HostPaths) -> Change | None:
+    """What `declared` gives for a VM that is up to date, without reading its declaration; or None.
+
+    Raises:
+        MicrovmHostError: systemd does not answer.
+    """
+    with install_lock.of_vm(name, host, f"installs {name}"):
+        return _if_unchanged(name, host, Looks(host), keeps_rollback=True)
+
+
+def _if_unchanged(name: str, host: HostPaths, looks: Looks, keeps_rollback: bool) -> Change | None:
+    built = looks.unchanged(name)
+    directory, current = host.vm(name), state.pointed_to(host.current(name))
+    if built is None or current is None or not _is_whole(built, directory):
+        return None
+    passed_over = None
+    if current != built.package:
+        if not keeps_rollback or store.turned_away_from(name, host) != built.package:
+            return None
+        passed_over = built.package
+    if remembered(directory) != Source("declaration", host.declaration(name)):
+        return None
+    if built.user is not None:
+        users.ensure(name, built.user, host)
+    # Who the VM runs as is no part of its package, and may be another one by now.
+    identity = service.identity(name)
+    state.prepare(name, identity.gid, host)
+    store.give(current, identity.gid)
+    return Change(name, current, current, state.booted(name, host), passed_over)
+
+
+def _is_whole(built: Built, directory: str) -> bool:
+    """Whether a package is there, and all that was made besides."""
+    images = (os.path.join(directory, image) for image in built.images)
+    return all(map(os.path.exists, (f"{built.package}/{MICROVM_RUN}", *images)))
 
 
 def update(name: str, host: HostPaths) -> Change:
@@ -157,67 +226,232 @@ def from_source(
         PackageError: it is no package, or a wrong one; likewise.
         DeclarationError: it is declared wrongly; likewise.
     """
-    is_new = not os.path.lexists(host.vm(name))
-    before = state.pointed_to(host.current(name))
-    identity = service.identity(name)
-    state.prepare(name, identity.gid, host)
-    is_built = source.kind == "declaration"
-    passed_over = None
-    sources: tuple[str, ...] = ()
-    stack = ExitStack()
-    try:
-        if is_built:
-            # Before the declaration is read, so that of two at a time the second is the newer.
-            stack.enter_context(store.locked(host))
-            stack.callback(store.collect, host)
-            tree = _tree(source.reference, host, others)
-            package = store.put(tree, name, identity.gid, host)
-            sources = _image_sources(tree)
+    with install_lock.of_vm(name, host, f"installs {name}") as lock:
+        return _Installation(
+            name, source, host, lock, others, is_declared=is_declared, keeps_rollback=keeps_rollback
+        ).carry_out()
+
+
+class _Installation:
+    """One install of one VM, whose lock is held. If it fails, it undoes what it made itself."""
+
+    def __init__(
+        self,
+        name: str,
+        source: Source,
+        host: HostPaths,
+        lock: Lock,
+        others: Claims | None = None,
+        *,
+        is_declared: bool = False,
+        keeps_rollback: bool = False,
+        collects: bool = True,
+    ) -> None:
+        self._name = name
+        self._source = source
+        self._host = host
+        self._lock = lock
+        self._others = others
+        self._is_declared = is_declared
+        self._keeps_rollback = keeps_rollback
+        self._collects = collects
+        self._directory = host.vm(name)
+        self._before = state.pointed_to(host.current(name))
+        self._after: str | None = None
+        # What is there now and was not there before, in the order in which it was made.
+        self._made: list[str] = []
+        self._images: tuple[str, ...] = ()
+
+    def carry_out(self) -> Change:
+        """Do it; raises as from_source."""
+        try:
+            if self._source.kind == "declaration":
+                return self._from_declaration()
+            if self._source.kind == "flake":
+                self._prepare(service.identity(self._name))
+                after = runner.load(_build(self._name, self._source.reference, self._host)).path
+            else:
+                after = runner.load(self._source.reference).path
+                self._prepare(service.identity(self._name))
+            self._switch(after)
+        except BaseException:
+            self._undo()
+            raise
+        finally:
+            _drop_build_link(self._name, self._host)
+        return self._change(after)
+
+    def _from_declaration(self) -> Change:
+        name, host = self._name, self._host
+        surroundings, inputs = build_record.surroundings(host), Inputs(host)
+        # Under the VM's lock, so that of two at a time the second is the newer.
+        plan = _plan(self._source.reference, host, self._others, inputs)
+        identity = service.identity(name)
+        path = store.path_of(plan.tree, name, host)
+        try:
+            with store.locked(host):
+                self._lock.keep(path)
+                package = store.put(plan.tree, name, identity.gid, host)
+            after = runner.load(package).path
+            passed_over = None
+            turned_away = store.turned_away_from(name, host) if self._keeps_rollback else None
+            if self._before and turned_away == after:
+                passed_over, after = after, self._before
+            self._prepare(identity)
+            if passed_over is None:
+                self._make_images(plan, package, identity)
+            with store.locked(host):
+                self._switch(after)
+                if passed_over is None:
+                    store.note(name, after, host)
+        except BaseException:
+            self._undo()
+            self._collect()
+            raise
+        built = Built(package, plan.user, plan.images)
+        build_record.write(name, built, inputs, surroundings, host)
+        if self._collects:
+            self._collect()
+        return self._change(after, passed_over)
+
+    def _change(self, after: str, passed_over: str | None = None) -> Change:
+        booted = state.booted(self._name, self._host)
+        return Change(self._name, self._before, after, booted, passed_over)
+
+    def _prepare(self, identity: Identity) -> None:
+        """Have the state directory, with its owner."""
+        try:
+            os.mkdir(self._directory, 0o700)
+            self._made.append(self._directory)
+        except FileExistsError:
+            pass
+        state.prepare(self._name, identity.gid, self._host)
+
+    def _make_images(self, plan: Plan, package: str, identity: Identity) -> None:
+        """Make the images that are not there, which may take long: the store is not locked."""
+        from . import images
+
+        sources = _image_sources(plan)
+        if sources:
+            self._images = plan.images
+            images.make(self._name, package, sources, identity, self._directory)
+
+    def _switch(self, after: str) -> None:
+        """Have the VM's links and files name the package and its source."""
+        _keep_from_collection(self._name, after, self._host)
+        for kind in KINDS:
+            path = f"{self._directory}/{kind}"
+            if kind == self._source.kind:
+                self._write(path, self._source.reference + "\n")
+            elif os.path.lexists(path):
+                os.unlink(path)
+        if self._is_declared:
+            self._write(f"{self._directory}/{DECLARED}", "")
+        if after != self._before:
+            self._after = after
+            state.link(self._host.current(self._name), after)
+
+    def _write(self, path: str, text: str) -> None:
+        if not os.path.lexists(path):
+            self._made.append(path)
+        _write(path, text)
+
+    def _undo(self) -> None:
+        """Undo what was made here, and nothing else: others may have come into the directory."""
+        if self._after is not None:
+            self._turn_back(self._host.current(self._name))
+        is_new = self._directory in self._made
+        for path in reversed(self._made):
+            if path == self._directory:
+                continue
+            _unlink(path)
+        if not is_new:
+            return
+        # Nobody had an image here before.
+        for image in self._images:
+            _remove_image(image, self._directory)
+        try:
+            os.rmdir(self._directory)
+        except OSError:
+            # Somebody has put something there meanwhile.
+            return
+        forget_gc_roots(self._name, self._host)
+
+    def _turn_back(self, current: str) -> None:
+        if state.pointed_to(current) != self._after:
+            return
+        if self._before is None:
+            _unlink(current)
         else:
-            is_flake = source.kind == "flake"
-            package = _build(name, source.reference, host) if is_flake else source.reference
-        after = runner.load(package).path
-        if is_built and keeps_rollback and before and store.turned_away_from(name, host) == after:
-            passed_over, after = after, before
-        if sources and passed_over is None:
-            images.make(name, after, sources, identity, host.vm(name))
-        _keep_from_collection(name, after, host)
-        _remember(name, source, host)
-        if is_declared:
-            _write(f"{host.vm(name)}/{DECLARED}", "")
-        if after != before:
-            state.link(host.current(name), after)
-        if is_built and passed_over is None:
-            store.note(name, after, host)
-    except BaseException:
-        if is_new:
-            # Nothing but our own is in a directory that was not there before.
-            _remove(name, host)
-        raise
+            state.link(current, self._before)
+
+    def _collect(self) -> None:
+        try:
+            with store.locked(self._host):
+                self._lock.keep("")
+                store.collect(self._host)
+        except MicrovmHostError:
+            # The next install does it.
+            return
+
+
+def _unlink(path: str) -> None:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+
+
+def _remove_image(image: str, directory: str) -> None:
+    """Remove an image that was begun in a state directory, following no link of the VM's user."""
+    *parts, name = image.split("/")
+    if image.startswith("/"):
+        return
+    opened = []
+    try:
+        flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        opened.append(os.open(directory, flags))
+        for part in parts:
+            opened.append(os.open(part, flags, dir_fd=opened[-1]))
+        for ending in ("", *_UNFINISHED):
+            try:
+                os.unlink(f"{name}{ending}", dir_fd=opened[-1])
+            except FileNotFoundError:
+                continue
+        for number in range(len(parts) - 1, -1, -1):
+            os.rmdir(parts[number], dir_fd=opened[number])
+    except OSError:
+        # Not begun, or no longer what it was. It stays for people to look at.
+        pass
     finally:
-        _drop_build_link(name, host)
-        stack.close()
-    return Change(name, before, after, state.booted(name, host), passed_over)
+        for file in opened:
+            os.close(file)
 
 
-def _image_sources(tree: Tree) -> tuple[str, ...]:
+def _image_sources(plan: Plan) -> tuple[str, ...]:
     """What a package's images are made of."""
     try:
-        return tuple(tree.text("share/microvm/image-sources").splitlines())
+        return tuple(plan.tree.text("share/microvm/image-sources").splitlines())
     except KeyError:
         return ()
 
 
-def _tree(path: str, host: HostPaths, others: Claims | None) -> Tree:
-    """What the package of a declared guest would be; raises MicrovmHostError."""
+def _plan(path: str, host: HostPaths, others: Claims | None, inputs: Inputs | None = None) -> Plan:
+    """What a declaration asks for; raises MicrovmHostError."""
     from . import taken
     from .build import declared
 
-    return declared.tree(path, taken.gather(host) if others is None else others)
+    return declared.plan(
+        path, taken.gather(host) if others is None else others, inputs=inputs or Inputs(host)
+    )
 
 
 def would_be(
-    name: str, source: Source, host: HostPaths, others: Claims | None = None
+    name: str,
+    source: Source,
+    host: HostPaths,
+    others: Claims | None = None,
+    looks: Looks | None = None,
 ) -> str | None:
     """Where the package from a source would be, without installing it; None if only nix knows.
 
@@ -228,7 +462,11 @@ def would_be(
         return None
     if source.kind == "runner":
         return runner.load(source.reference).path
-    path = store.path_of(_tree(source.reference, host, others), name, host)
+    built = (looks or Looks(host)).unchanged(name)
+    if built is not None and source.reference == host.declaration(name):
+        path = built.package
+    else:
+        path = store.path_of(_plan(source.reference, host, others).tree, name, host)
     if store.turned_away_from(name, host) == path:
         return state.pointed_to(host.current(name))
     return path
@@ -244,7 +482,7 @@ def roll_back(name: str, to: str | None, host: HostPaths) -> Change:
     Raises:
         MicrovmHostError: there is no such package any more.
     """
-    with store.locked(host):
+    with install_lock.of_vm(name, host, f"rolls {name} back"), store.locked(host):
         before = state.pointed_to(host.current(name))
         if to is None:
             others = list(store.came_before(name, before, host))
@@ -269,13 +507,6 @@ def roll_back(name: str, to: str | None, host: HostPaths) -> Change:
         # What is not to be installed again is what the first of several turned away from.
         store.note(name, after, host, instead_of=store.turned_away_from(name, host) or before)
     return Change(name, before, after, state.booted(name, host))
-
-
-def _remove(name: str, host: HostPaths) -> None:
-    store.forget(name, host)
-    shutil.rmtree(host.vm(name))
-    users.remove_drop_in(name, host)
-    forget_gc_roots(name, host)
 
 
 def evaluate(name: str, flake: str) -> str:
@@ -311,6 +542,8 @@ def _drop_build_link(name: str, host: HostPaths) -> None:
 
 def _nix(verb: str, *arguments: str, about: str) -> str:
     """Run nix, which shows its progress and its errors on our standard error."""
+    import subprocess
+
     try:
         done = subprocess.run(
             [*NIX, verb, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
@@ -326,15 +559,6 @@ def _nix(verb: str, *arguments: str, about: str) -> str:
             hint="what it said stands above; nothing was changed",
         )
     return done.stdout
-
-
-def _remember(name: str, source: Source, host: HostPaths) -> None:
-    for kind in KINDS:
-        path = f"{host.vm(name)}/{kind}"
-        if kind == source.kind:
-            _write(path, source.reference + "\n")
-        elif os.path.lexists(path):
-            os.unlink(path)
 
 
 def _write(path: str, text: str) -> None:

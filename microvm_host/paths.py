@@ -103,6 +103,29 @@ class HostPaths:
         return self.at("/var/lib/microvm-host/packages")
 
     @property
+    def blobs(self) -> str:
+        """Holds the kernels and initrds of these packages, each once, by its SHA-256."""
+        return self.at("/var/lib/microvm-host/blobs")
+
+    @property
+    def build_records(self) -> str:
+        """Holds a file a VM: what its package was built from."""
+        return self.at("/var/lib/microvm-host/built")
+
+    def build_record(self, name: str) -> str:
+        return f"{self.build_records}/{name}"
+
+    @property
+    def file_facts(self) -> str:
+        """Holds what was found out about files, until the host boots again."""
+        return self.at("/run/microvm-host-facts")
+
+    @property
+    def boot_id(self) -> str:
+        """Tells this boot from others (random(4))."""
+        return self.at("/proc/sys/kernel/random/boot_id")
+
+    @property
     def histories(self) -> str:
         """Holds a file a VM, with the packages that it had."""
         return self.at("/var/lib/microvm-host/history")
@@ -152,6 +175,11 @@ class HostPaths:
     def packages_lock(self) -> str:
         """Held by whoever puts packages there or takes them away."""
         return self.at("/run/microvm-host-packages.lock")
+
+    @property
+    def install_locks(self) -> str:
+        """Holds a file a VM, locked by whoever installs or removes it."""
+        return self.at("/run/microvm-host-install")
 
     @property
     def declarations(self) -> str:

@@ -13,7 +13,7 @@ import shlex
 import time
 from contextlib import contextmanager
 
-from . import install, mounts, names, state, store, systemd, users
+from . import install, install_lock, mounts, names, state, store, systemd, users
 from .errors import MicrovmHostError
 
 TYPE_CHECKING = False
@@ -64,17 +64,20 @@ def kept_down(name: str, host: HostPaths) -> Iterator[None]:
     Raises:
         MicrovmHostError: it runs, or is being started; it can go on.
     """
-    _check_down(name, systemd.states(names.unit(name), names.foreground_unit(name)))
-    current = host.current(name)
-    package = state.pointed_to(current)
-    if package is not None:
-        os.unlink(current)
-    try:
-        _wait_until_settled(name)
-        yield
-    finally:
-        if package is not None and os.path.isdir(host.vm(name)) and not os.path.lexists(current):
-            state.link(current, package)
+    # Nobody installs it meanwhile.
+    with install_lock.of_vm(name, host, f"removes {name} or changes its files"):
+        _check_down(name, systemd.states(names.unit(name), names.foreground_unit(name)))
+        current = host.current(name)
+        package = state.pointed_to(current)
+        if package is not None:
+            os.unlink(current)
+        try:
+            _wait_until_settled(name)
+            yield
+        finally:
+            is_there = os.path.isdir(host.vm(name))
+            if package is not None and is_there and not os.path.lexists(current):
+                state.link(current, package)
 
 
 def remove(name: str, host: HostPaths) -> None:

@@ -1,28 +1,30 @@
 # SPDX-License-Identifier: MIT
 """The packages that were built on this host, and which VM had which of them, when.
 
-A package lies at DIGEST-NAME and is never changed. What is kept: what a VM's `current` or `booted`
-points to, and the last few that each VM had, so that there is something to roll back to. All else
-is collected whenever a package is put there.
+A package lies at DIGEST-NAME and is never changed. Kernels and initrds that everybody may read are
+hard links to blobs, files that are named by their SHA-256: a put looks for one name, however many
+packages there are.
+
+What is kept: what a VM's `current` or `booted` points to, the last few that each VM had, so that
+there is something to roll back to, and what is just being installed. The rest is collected after a
+package was put there, and so are blobs that no package links to.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
+import stat
 import time
-from contextlib import contextmanager
 
-from . import names
+from . import install_lock, names
 from .errors import MicrovmHostError
 from .frozen import frozen
+from .install_lock import Lock
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     # Types alone: what is put there is handed over, and the store knows no builder.
     from .build.tree import Copy, Tree
     from .paths import HostPaths
@@ -35,6 +37,8 @@ _DIGEST = frozenset("0123456789abcdef")
 # everybody may read (build.tree.Copy).
 _COPIED = ("kernel", "initrd")
 PRIVATE_MODE = 0o640
+# The end of a blob's name until it has its own.
+_NEW = ".new"
 
 
 @frozen
@@ -50,16 +54,9 @@ class Entry:
     instead_of: str | None = None
 
 
-@contextmanager
-def locked(host: HostPaths) -> Iterator[None]:
-    """Keeps others from collecting what is not linked to yet."""
-    os.makedirs(os.path.dirname(host.packages_lock), exist_ok=True)
-    lock = os.open(host.packages_lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)
+def locked(host: HostPaths, doing: str = "changes the store of packages") -> Lock:
+    """The store's lock, for moments: it keeps others from collecting what is just put there."""
+    return Lock(host.packages_lock, doing)
 
 
 def path_of(tree: Tree, name: str, host: HostPaths) -> str:
@@ -78,7 +75,9 @@ def put(tree: Tree, name: str, gid: int, host: HostPaths) -> str:
         give(path, gid)
     else:
         _make(host.packages)
-        tree.write(path, gid=gid, same=_Known(host))
+        _make(host.blobs)
+        tree.write(path, gid=gid, same=lambda copy: _blob(copy, host))
+        _add_blobs(tree, path, host)
     return path
 
 
@@ -113,31 +112,38 @@ def is_ours(package: str, host: HostPaths) -> bool:
     return os.path.dirname(os.path.realpath(package)) == os.path.realpath(host.packages)
 
 
-class _Known:
-    """Finds files of other packages by their contents, so that a kernel is on the disk once."""
+def _blob(copy: Copy, host: HostPaths) -> str | None:
+    """The file that has the content of a copy already."""
+    path = f"{host.blobs}/{copy.sha256}"
+    try:
+        status, wanted = os.lstat(path), os.stat(copy.source)
+    except OSError:
+        return None
+    # One that was cut short by a disk that failed, or by hand, must not get into every package.
+    return path if stat.S_ISREG(status.st_mode) and status.st_size == wanted.st_size else None
 
-    def __init__(self, host: HostPaths) -> None:
-        self._host = host
-        self._found: dict[str, str] | None = None
 
-    def __call__(self, copy: Copy) -> str | None:
-        if self._found is None:
-            self._found = dict(self._all())
-        return self._found.get(copy.sha256)
+def _add_blobs(tree: Tree, package: str, host: HostPaths) -> None:
+    """Have the files that a package has copied found by the next one."""
+    for file, sha256 in tree.shared():
+        blob = f"{host.blobs}/{sha256}"
+        source = f"{package}/{file}"
+        try:
+            if not _is_same(source, blob):
+                # At one stroke: a blob that is no longer right makes way.
+                os.link(source, f"{blob}{_NEW}", follow_symlinks=False)
+                os.replace(f"{blob}{_NEW}", blob)
+        except OSError:
+            # Another file system, one without hard links, or the end of a killed writer's work:
+            # then each package has its own.
+            continue
 
-    def _all(self) -> Iterator[tuple[str, str]]:
-        from hashlib import file_digest
 
-        for package in _packages(self._host):
-            directory = f"{self._host.packages}/{package}/lib"
-            # What the builder copies; nobody but root could have changed it.
-            for name in _COPIED:
-                try:
-                    with open(f"{directory}/{name}", "rb") as source:
-                        if os.fstat(source.fileno()).st_mode & 0o777 == 0o644:
-                            yield file_digest(source, "sha256").hexdigest(), f"{directory}/{name}"
-                except OSError:
-                    continue
+def _is_same(one: str, other: str) -> bool:
+    try:
+        return os.path.samestat(os.lstat(one), os.lstat(other))
+    except FileNotFoundError:
+        return False
 
 
 def history(name: str, host: HostPaths) -> tuple[Entry, ...]:
@@ -187,10 +193,11 @@ def turned_away_from(name: str, host: HostPaths) -> str | None:
 
 def forget(name: str, host: HostPaths) -> None:
     """Forget a VM that is gone; what it alone had is collected next time."""
-    try:
-        os.unlink(host.history(name))
-    except FileNotFoundError:
-        pass
+    for path in (host.history(name), host.build_record(name)):
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            pass
 
 
 def kept(name: str, host: HostPaths) -> tuple[str, ...]:
@@ -222,7 +229,7 @@ def came_before(name: str, package: str | None, host: HostPaths) -> tuple[str, .
 
 def collect(host: HostPaths) -> list[str]:
     """Delete the packages that nobody needs any more, and say which; the caller holds the lock."""
-    needed = set()
+    needed = {os.path.realpath(package) for package in install_lock.kept(host)}
     for name in _listed(host.state):
         for link in (host.current(name), host.booted(name)):
             needed.add(os.path.realpath(link))
@@ -243,11 +250,11 @@ def collect(host: HostPaths) -> list[str]:
         ):
             shutil.rmtree(path, ignore_errors=True)
             gone.append(path)
+    for blob in _listed(host.blobs):
+        path = f"{host.blobs}/{blob}"
+        if os.lstat(path).st_nlink == 1 or blob.endswith(_NEW):
+            os.unlink(path)
     return gone
-
-
-def _packages(host: HostPaths) -> list[str]:
-    return [name for name in _listed(host.packages) if _is_package(name)]
 
 
 def _is_package(name: str) -> bool:

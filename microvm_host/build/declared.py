@@ -6,10 +6,17 @@ What is refused on the way is told with the file and the line that asked for it.
 
 from __future__ import annotations
 
+import os
+
+from .. import declaration
+from ..declaration import document
 from ..declaration import guest as guests
-from . import build
+from ..file_stamp import Inputs
+from ..frozen import frozen
+from . import build, volumes
 from .refused import Refused
-from .tools import Tools, find
+from .tools import find
+from .tree import Tree
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -17,23 +24,65 @@ if TYPE_CHECKING:
 
     from ..declaration.claims import Claims
     from ..declaration.guest import Guest
-    from .tree import Tree
+    from .tools import Tools
 
 
-def tree(path: str, others: Claims | None = None, tools: Callable[[Guest], Tools] = find) -> Tree:
-    """The package of a declared guest.
+@frozen
+class Plan:
+    """What a declaration asks for: the package, images that are made at once, and the VM's user."""
+
+    tree: Tree
+    images: tuple[str, ...] = ()
+    user: str | None = None
+
+
+def plan(
+    path: str,
+    others: Claims | None = None,
+    tools: Callable[[Guest], Tools] | None = None,
+    inputs: Inputs | None = None,
+) -> Plan:
+    """What a declaration asks for.
 
     Args:
         path: the declaration.
         others: what the VMs of this host claim.
-        tools: looks for what building takes.
+        tools: looks for what building takes, in place of `find`.
+        inputs: is told of all that was looked at.
 
     Raises:
         DeclarationError: it is wrong, or asks for what cannot be done.
         MicrovmHostError: a tool that is there does not work.
     """
-    guest, document = guests.load(path, others)
+    if inputs is not None:
+        _see(path, inputs)
+    guest, read = guests.load(path, others)
+    if inputs is not None and not set(read.files) <= inputs.stamps.keys():
+        # A drop-in that came in between.
+        inputs.is_settled = False
     try:
-        return build(guest, tools(guest))
+        tree = build(guest, tools(guest) if tools else find(guest, inputs))
     except Refused as error:
-        raise document.error(error.at, error.message, error.hint) from error
+        raise read.error(error.at, error.message, error.hint) from error
+    images = tuple(volume.image for _, volume in volumes.filled(guest))
+    return Plan(tree, images, declaration.of(read).user)
+
+
+def tree(
+    path: str, others: Claims | None = None, tools: Callable[[Guest], Tools] | None = None
+) -> Tree:
+    """The package of a declared guest; raises as `plan`."""
+    return plan(path, others, tools).tree
+
+
+def _see(path: str, inputs: Inputs) -> None:
+    """Take the stamps of a declaration's files, and of the directory of its drop-ins."""
+    directory = path + document.DROP_INS
+    inputs.see(path)
+    inputs.see(directory)
+    try:
+        files = filter(document.is_declaration, os.listdir(directory))
+    except OSError:
+        return
+    for file in files:
+        inputs.see(f"{directory}/{file}")

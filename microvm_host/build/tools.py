@@ -14,8 +14,9 @@ from hashlib import file_digest
 
 from .. import process
 from ..errors import MicrovmHostError
+from ..file_stamp import Inputs
 from ..frozen import frozen
-from ..paths import PROGRAM_PLACES, QEMU_PLACES, SHELL
+from ..paths import PROGRAM_PLACES, QEMU_PLACES, SHELL, HostPaths
 from . import kernels
 from .refused import Refused
 
@@ -77,8 +78,11 @@ class Tools:
         return next(blob for blob in self.blobs if blob.path == path)
 
 
-def find(guest: Guest) -> Tools:
+def find(guest: Guest, inputs: Inputs | None = None) -> Tools:
     """Look for what building this guest takes.
+
+    Args:
+        inputs: is told what was looked at, and remembers what is costly to find out.
 
     Raises:
         Refused: its kernel or initrd cannot be had.
@@ -89,33 +93,34 @@ def find(guest: Guest) -> Tools:
             ("hypervisor",),
             f"packages are not yet built on {os.uname().machine}, only on x86_64",
         )
-    blobs = [_blob("kernel", guest.kernel)]
+    look = _Look(inputs or Inputs(HostPaths(), remembers=False))
+    blobs = [look.blob("kernel", guest.kernel)]
     if guest.initrd is not None:
-        blobs.append(_blob("initrd", guest.initrd))
+        blobs.append(look.blob("initrd", guest.initrd))
     kinds = {volume.fs_type for volume in guest.volumes}
     if guest.cloud_init is not None:
         kinds.add(SEED_FS)
-    made = ((kind, program(f"mkfs.{kind}")) for kind in sorted(kinds))
+    made = ((kind, look.program(f"mkfs.{kind}")) for kind in sorted(kinds))
     mkfs = {kind: path for kind, path in made if path}
     filled = {volume.fs_type for volume in guest.volumes if volume.source is not None}
     formats = {volume.image_type for volume in guest.volumes}
     qemu = other = None
     if guest.hypervisor == "qemu":
-        qemu = next(filter(None, (program(each, QEMU_PLACES) for each in _QEMU)), None)
+        qemu = next(filter(None, (look.program(each, QEMU_PLACES) for each in _QEMU)), None)
     else:
-        other = program(PROGRAMS[guest.hypervisor])
+        other = look.program(PROGRAMS[guest.hypervisor])
     is_versioned = other is not None and guest.hypervisor in _VERSIONED
     return Tools(
         python=sys.executable,
         qemu=qemu,
-        qemu_version=_version([qemu, "--version"]) if qemu else (0, 0),
+        qemu_version=look.version(qemu) if qemu else (0, 0),
         program=other,
-        program_version=_version([other, "--version"]) if other and is_versioned else (0, 0),
+        program_version=look.version(other) if other and is_versioned else (0, 0),
         mkfs=tuple(mkfs.items()),
-        mcopy=program("mcopy") if guest.cloud_init is not None else None,
-        qemu_img=program("qemu-img") if "qcow2" in formats else None,
-        e2fs_version=_version([mkfs["ext4"], "-V"]) if "ext4" in filled & mkfs.keys() else (),
-        erofs_version=_version([mkfs["erofs"], "-V"]) if "erofs" in mkfs else (),
+        mcopy=look.program("mcopy") if guest.cloud_init is not None else None,
+        qemu_img=look.program("qemu-img") if "qcow2" in formats else None,
+        e2fs_version=look.version(mkfs["ext4"], "-V") if "ext4" in filled & mkfs.keys() else (),
+        erofs_version=look.version(mkfs["erofs"], "-V") if "erofs" in mkfs else (),
         blobs=tuple(blobs),
     )
 
@@ -141,22 +146,54 @@ def program(name: str, places: tuple[str, ...] = PROGRAM_PLACES) -> str | None:
     return None
 
 
-def _blob(key: str, path: str) -> Blob:
-    try:
-        # Not waiting: it could be a FIFO.
-        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        hint = ""
-        if isinstance(error, PermissionError):
-            hint = "try as root"
-        raise Refused((key,), f"{key} {path!r} cannot be read: {error.strerror}", hint) from error
-    with os.fdopen(file, "rb") as source:
-        status = os.fstat(file)
-        if not stat.S_ISREG(status.st_mode):
-            raise Refused((key,), f"{key} {path!r} is no regular file")
-        digest = file_digest(source, "sha256").hexdigest()
-        kind = kernels.kind(source) if key == "kernel" else ""
-    return Blob(path, digest, not status.st_mode & stat.S_IROTH, kind)
+class _Look:
+    """Looks at the host, and has inputs told of it."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self._inputs = inputs
+
+    def program(self, name: str, places: tuple[str, ...] = ()) -> str | None:
+        for place in places or PROGRAM_PLACES:
+            # Those that are not there as well: the first one counts, once there is one.
+            self._inputs.see(f"{place}/{name}")
+            if found := program(name, (place,)):
+                return found
+        return None
+
+    def version(self, program: str, option: str = "--version") -> tuple[int, ...]:
+        """The version that a program tells."""
+        with open(program, "rb", buffering=0) as file:
+            if file.read(2) == b"#!":
+                # A script may run something else tomorrow without being another one.
+                self._inputs.is_settled = False
+                return _version([program, option])
+            said = self._inputs.fact(
+                "version",
+                program,
+                file.fileno(),
+                lambda: ".".join(map(str, _version([program, option]))),
+            )
+        return tuple(map(int, said.split(".")))
+
+    def blob(self, key: str, path: str) -> Blob:
+        """A file that becomes part of the package."""
+        try:
+            # Not waiting: it could be a FIFO.
+            file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            hint = "try as root" if isinstance(error, PermissionError) else ""
+            message = f"{key} {path!r} cannot be read: {error.strerror}"
+            raise Refused((key,), message, hint) from error
+        with os.fdopen(file, "rb") as source:
+            self._inputs.see(path, file)
+            status = os.fstat(file)
+            if not stat.S_ISREG(status.st_mode):
+                raise Refused((key,), f"{key} {path!r} is no regular file")
+            digest = self._inputs.fact(
+                "sha256", path, file, lambda: file_digest(source, "sha256").hexdigest()
+            )
+            kind = kernels.kind(source) if key == "kernel" else ""
+        return Blob(path, digest, not status.st_mode & stat.S_IROTH, kind)
 
 
 def _version(argv: list[str]) -> tuple[int, ...]:

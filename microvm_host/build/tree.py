@@ -84,6 +84,12 @@ class Tree:
         assert isinstance(entry, File)
         return entry.content.decode()
 
+    def shared(self) -> Iterator[tuple[str, str]]:
+        """The copies that everybody may read, by their paths, with their SHA-256."""
+        for path, entry in self.entries:
+            if isinstance(entry, Copy) and not entry.is_private:
+                yield path, entry.sha256
+
     def write(
         self,
         directory: str,

@@ -45,7 +45,14 @@ def register(name: str, host: HostPaths) -> None:
 
 def install(name: str, host: HostPaths) -> None:
     """Bring `current` of a declared VM up to date."""
-    from .. import declaration, install
+    from .. import install
+
+    # Mostly so, and found out without reading the declaration.
+    change = install.if_unchanged(name, host)
+    if change is not None:
+        log.status(change.describe())
+        return
+    from .. import declaration
 
     declared = declaration.load(host.declaration(name))
     log.status(f"Installing {declared.source}")

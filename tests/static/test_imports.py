@@ -25,7 +25,18 @@ PACKAGE = REPOSITORY / "microvm_host"
 # From the ground up: a module imports only what is in layers below its own.
 LAYERS: tuple[set[str], ...] = (
     {"errors", "frozen", "supervised"},
-    {"names", "paths", "identity", "interpreter", "process", "record", "source", "state", "sysfs"},
+    {
+        "names",
+        "paths",
+        "identity",
+        "interpreter",
+        "process",
+        "record",
+        "source",
+        "state",
+        "sysfs",
+        "file_stamp",
+    },
     {
         "bus",
         "interfaces",
@@ -39,7 +50,7 @@ LAYERS: tuple[set[str], ...] = (
         "trust",
         "users",
     },
-    {"attach", "declaration", "hostuse", "nodes", "pciids"},
+    {"attach", "build_record", "declaration", "hostuse", "install_lock", "nodes", "pciids"},
     {"build", "guests", "plan", "reborn", "service", "store", "systemd", "taken", "vsock"},
     {"environment"},
     # What changes the host; these do not know of each other.

@@ -44,12 +44,7 @@ def without_root(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             blobs=(Blob(guest.kernel, DIGEST),),
         )
 
-    whole = declared.tree
-
-    def tree(path: str, others: object = None) -> Tree:
-        return whole(path, others, tools)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(declared, "tree", tree)
+    monkeypatch.setattr(declared, "find", lambda guest, inputs: tools(guest))
 
 
 def declare(host: HostPaths, name: str, text: str = "") -> Source:
