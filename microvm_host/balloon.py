@@ -173,6 +173,8 @@ def _run_script(vm: Running, size: int) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         errors="replace",
+        # The VM's user can trace it, and could type into a terminal of its session as root.
+        start_new_session=True,
         **whom,  # type: ignore[call-overload]
     )
     if done.returncode:

@@ -4,17 +4,23 @@
 The package's own script makes them, as the VM's user, whose they are. A root file system holds
 files that this user may not read (/etc/shadow); so the script has the right to read everything,
 and no other, where that cannot be turned against the host: the user must be able neither to
-exchange what the source means, nor to get at what is in it while it is read.
+exchange what the source means, nor to get at what is in it while it is read. Within the script only
+mkfs uses that right (`build.volumes`).
+
+The VM's user can trace those processes of the script that have no more rights than they. So the
+script gets neither our terminal nor a session with it, which would let them type in root's name.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import stat
 import subprocess
+import sys
 
 from . import trust
-from .errors import MicrovmHostError
+from .errors import MicrovmHostError, one_line
 from .paths import MICROVM_PREPARE
 
 TYPE_CHECKING = False
@@ -26,6 +32,8 @@ if TYPE_CHECKING:
 
 # capabilities(7): reads files and searches directories, whoever may.
 _READS_ALL = "-all,+dac_read_search"
+# Longer than what any mkfs says in one line.
+_LINE_MAX = 4096
 
 
 def make(
@@ -50,16 +58,8 @@ def make(
             *(f"--inh-caps={capabilities}", f"--ambient-caps={capabilities}"),
             *(f"--bounding-set={capabilities}", "--no-new-privs", "--", *argv),
         ]
-    done = subprocess.run(
-        argv,
-        cwd=directory,
-        stdin=subprocess.DEVNULL,
-        # What a program of it prints is no output of the command's.
-        stdout=2,
-        umask=0o077,
-        check=False,
-    )
-    if done.returncode:
+    code = _run(argv, directory)
+    if code:
         hint = "what it said stands above; nothing was changed"
         if weak:
             hint += (
@@ -68,11 +68,35 @@ def make(
                 "may enter"
             )
         raise MicrovmHostError(
-            f"the images of {name} could not be made: {MICROVM_PREPARE} ended with "
-            f"{done.returncode}",
+            f"the images of {name} could not be made: {MICROVM_PREPARE} ended with {code}",
             path=package,
             hint=hint,
         )
+
+
+def _run(argv: list[str], directory: str) -> int:
+    """Run the script away from our terminal, and print its lines; gives its exit code."""
+    with subprocess.Popen(
+        argv,
+        cwd=directory,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        umask=0o077,
+        errors="replace",
+    ) as script:
+        assert script.stdout is not None
+        try:
+            # A line that never ends is cut, and nothing in it commands a terminal.
+            while line := script.stdout.readline(_LINE_MAX):
+                if said := one_line(line):
+                    print(said, file=sys.stderr, flush=True)
+            return script.wait()
+        except BaseException:
+            # Ctrl-C does not reach another session.
+            os.killpg(script.pid, signal.SIGKILL)
+            raise
 
 
 def _is_out_of_reach(source: str, by: Suspect) -> bool:

@@ -4,7 +4,9 @@
 An image is made under another name and gets its own by a rename, so that a start that was cut short
 leaves no half-made one behind. Those with content from the beginning are made by a script of their
 own, `microvm-prepare`, which the host runs when it installs the package: that takes long, and some
-content is for root to read.
+content is for root to read. The host lends that script the right to read everything. Only mkfs may
+use it: the VM's user can put links in the place of images that are being made, and any other
+program would read through them.
 """
 
 from __future__ import annotations
@@ -46,6 +48,14 @@ EROFS_LABELS = (1, 8)
 _ARCHIVE = ".tar"
 _COMPRESSED = (".tar.gz", ".tar.xz", ".tar.zst", ".tgz", ".txz")
 PROGRESS = "lib/with-progress"
+# Goes before each program of `microvm-prepare` but mkfs.
+_UNPRIVILEGED = "unprivileged "
+_UNPRIVILEGED_FUNCTION = """\
+# Only mkfs keeps the capability that root may have lent to this script: what any other program
+# reads could be a link that the VM's user has put there meanwhile.
+unprivileged() {
+    setpriv --inh-caps=-all --ambient-caps=-all -- "$@"
+}"""
 
 
 def creation(guest: Guest, tools: Tools) -> str:
@@ -81,7 +91,8 @@ def preparation(guest: Guest, tools: Tools) -> bytes:
         tools.shell,
         "# Makes the images that have content from the beginning, where they are missing.",
         shell.PACKAGE,
-        *(_made(number, volume, tools) for number, volume in filled(guest)),
+        _UNPRIVILEGED_FUNCTION,
+        *(_made(number, volume, tools, _UNPRIVILEGED) for number, volume in filled(guest)),
     )
 
 
@@ -121,21 +132,23 @@ def _path(volume: Volume) -> str:
     return f"./{volume.image}" if volume.image.startswith("-") else volume.image
 
 
-def _made(number: int, volume: Volume, tools: Tools) -> str:
+def _made(number: int, volume: Volume, tools: Tools, plain: str = "") -> str:
+    """The lines that make an image, with `plain` before each program but mkfs; raises Refused."""
     path = _path(volume)
     image, new, raw = quote(path), quote(f"{path}{_NEW}"), quote(f"{path}{_RAW}")
     if volume.image_type == "raw":
         lines = [
-            f"rm -f {new}",
+            f"{plain}rm -f {new}",
             f": >{new}",
             # Copy on write would tear a disk that is written to here and there into pieces; what
             # is no btrfs refuses, and needs it not.
-            f"chattr +C {new} 2>/dev/null || :",
-            *_formatted(number, volume, new, tools),
+            f"{plain}chattr +C {new} 2>/dev/null || :",
+            *_formatted(number, volume, new, tools, plain),
         ]
     else:
-        lines = _converted(number, volume, new, raw, tools)
-    lines = [shell.directories(volume.image), *lines, f"mv {new} {image}"]
+        lines = _converted(number, volume, new, raw, tools, plain)
+    made = shell.directories(volume.image)
+    lines = [f"{plain}{made}" if made else "", *lines, f"{plain}mv {new} {image}"]
     lines = [f"if [ ! -e {image} ]; then", *(f"    {line}" for line in lines if line), "fi"]
     return "\n".join(lines)
 
@@ -148,7 +161,9 @@ def _progress(volume: Volume, target: str) -> str:
     return f"{program} {target} {quote(f'making {volume.image} of {volume.source}')} "
 
 
-def _converted(number: int, volume: Volume, new: str, raw: str, tools: Tools) -> list[str]:
+def _converted(
+    number: int, volume: Volume, new: str, raw: str, tools: Tools, plain: str
+) -> list[str]:
     """The lines that make an image of another format: no mkfs writes into one."""
     if volume.image_type != "qcow2":
         raise Refused(
@@ -162,27 +177,27 @@ def _converted(number: int, volume: Volume, new: str, raw: str, tools: Tools) ->
             "volumes.imageType = 'qcow2': this host has no qemu-img, by which it is made",
             "install it (on Debian: qemu-utils)",
         )
-    formatted = _formatted(number, volume, raw, tools)
+    formatted = _formatted(number, volume, raw, tools, plain)
     # nocow is what `chattr +C` is for the others.
     if volume.fs_type == EMPTY:
         return [
-            f"rm -f {new}",
-            f"{tools.qemu_img} create -q -f qcow2 -o nocow=on {new} {volume.size}M",
+            f"{plain}rm -f {new}",
+            f"{plain}{tools.qemu_img} create -q -f qcow2 -o nocow=on {new} {volume.size}M",
         ]
     convert = f"{tools.qemu_img} convert -q -f raw -O qcow2 -o nocow=on {raw} {new}"
     return [
-        f"rm -f {new} {raw}",
+        f"{plain}rm -f {new} {raw}",
         *formatted,
-        f"{_progress(volume, new)}{convert}",
-        f"rm -f {raw}",
+        f"{plain}{_progress(volume, new)}{convert}",
+        f"{plain}rm -f {raw}",
     ]
 
 
-def _formatted(number: int, volume: Volume, new: str, tools: Tools) -> list[str]:
+def _formatted(number: int, volume: Volume, new: str, tools: Tools, plain: str = "") -> list[str]:
     """The lines that give a raw image its size and its file system."""
     at = ("volumes", number, "fsType")
     kind = volume.fs_type
-    sized = [f"truncate -s {volume.size}M {new}"]
+    sized = [f"{plain}truncate -s {volume.size}M {new}"]
     if kind == EMPTY:
         for key, value in (
             ("label", volume.label),
