@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 
-from . import build_record, declaration, install_lock, runner, service, state, store, users
+from . import build_record, declaration, install_lock, log, runner, service, state, store, users
 from .build_record import Built, Looks
 from .errors import MicrovmHostError, UsageError
 from .file_stamp import Inputs
@@ -343,18 +343,22 @@ class _Installation:
             path = f"{self._directory}/{kind}"
             if kind == self._source.kind:
                 self._write(path, self._source.reference + "\n")
-            elif os.path.lexists(path):
-                os.unlink(path)
+            else:
+                try:
+                    _unlink(path)
+                except IsADirectoryError:
+                    # It is the VM's user's, and says nothing to root.
+                    pass
         if self._is_declared:
             self._write(f"{self._directory}/{DECLARED}", "")
         if after != self._before:
             self._after = after
-            state.link(self._host.current(self._name), after)
+            _make_current(self._name, after, self._host)
 
     def _write(self, path: str, text: str) -> None:
         if not os.path.lexists(path):
             self._made.append(path)
-        _write(path, text)
+        _tell_moved(self._name, path, state.write(path, text))
 
     def _undo(self) -> None:
         """Undo what was made here, and nothing else: others may have come into the directory."""
@@ -503,7 +507,7 @@ def roll_back(name: str, to: str | None, host: HostPaths) -> Change:
             )
         after = runner.load(others[0]).path
         store.give(after, service.identity(name).gid)
-        state.link(host.current(name), after)
+        _make_current(name, after, host)
         # What is not to be installed again is what the first of several turned away from.
         store.note(name, after, host, instead_of=store.turned_away_from(name, host) or before)
     return Change(name, before, after, state.booted(name, host))
@@ -524,18 +528,15 @@ def _output(name: str, flake: str) -> str:
 
 def _build(name: str, flake: str, host: HostPaths) -> str:
     """Build with an out-link, which keeps the result from being collected until it is current."""
-    link = _build_link(name, host)
+    link = host.build_link(name)
+    os.makedirs(os.path.dirname(link), exist_ok=True)
     _nix("build", "--out-link", link, "--refresh", _output(name, flake), about=flake)
     return link
 
 
-def _build_link(name: str, host: HostPaths) -> str:
-    return f"{host.vm(name)}/.build"
-
-
 def _drop_build_link(name: str, host: HostPaths) -> None:
     try:
-        os.unlink(_build_link(name, host))
+        os.unlink(host.build_link(name))
     except FileNotFoundError:
         pass
 
@@ -561,15 +562,14 @@ def _nix(verb: str, *arguments: str, about: str) -> str:
     return done.stdout
 
 
-def _write(path: str, text: str) -> None:
-    """Make a file of a state directory at one stroke."""
-    temporary = f"{path}.{os.getpid()}"
-    if os.path.lexists(temporary):
-        os.unlink(temporary)
-    # Exclusively: the VM's user, who may make files here, must not have us follow a link.
-    with open(temporary, "x", encoding="utf-8") as target:
-        target.write(text)
-    os.replace(temporary, path)
+def _make_current(name: str, package: str, host: HostPaths) -> None:
+    path = host.current(name)
+    _tell_moved(name, path, state.link(path, package))
+
+
+def _tell_moved(name: str, path: str, moved: str | None) -> None:
+    if moved is not None:
+        log.warning(f"{path}: the VM's user made a directory here; it is {moved} now", vm=name)
 
 
 def _keep_from_collection(name: str, package: str, host: HostPaths) -> None:

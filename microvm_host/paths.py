@@ -102,6 +102,10 @@ class HostPaths:
         """Holds the packages that were built from declarations, DIGEST-NAME."""
         return self.at("/var/lib/microvm-host/packages")
 
+    def build_link(self, name: str) -> str:
+        """Link to what nix has just built for a VM, which keeps that from being collected."""
+        return self.at(f"/var/lib/microvm-host/builds/{name}")
+
     @property
     def blobs(self) -> str:
         """Holds the kernels and initrds of these packages, each once, by its SHA-256."""

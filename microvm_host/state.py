@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import stat
+from errno import EEXIST, EISDIR
 
 from .errors import MicrovmHostError, PackageError
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 # Others may pass, so that `microvm -l` needs no root, but not look around.
 DIRECTORY_MODE = 0o1771
+# How often a directory is moved aside of which somebody makes another one each time.
+_TRIES = 100
 
 
 def check_current(name: str, host: HostPaths) -> None:
@@ -94,26 +97,55 @@ def prepare(name: str, gid: int, host: HostPaths) -> bool:
     return was_anothers and not is_new
 
 
-def link(path: str, target: str) -> None:
+def link(path: str, target: str) -> str | None:
     """Make `path` a link to `target` at one stroke, whatever link or file it was.
 
+    Returns:
+        Where the VM's user's directory is now that lay there, if one did.
+
     Raises:
-        MicrovmHostError: a directory is in the way.
+        MicrovmHostError: a directory of root's is in the way.
     """
-    temporary = f"{os.path.dirname(path)}/.{os.path.basename(path)}.{os.getpid()}"
+    temporary = _temporary(path)
+    os.symlink(target, temporary)
+    return _replace(temporary, path)
+
+
+def write(path: str, text: str) -> str | None:
+    """Make `path` a file of root's with this text at one stroke; returns and raises as link."""
+    temporary = _temporary(path)
+    # Exclusively: the VM's user, who may make files here, must not have root follow a link.
+    with open(temporary, "x", encoding="utf-8") as target:
+        target.write(text)
+    return _replace(temporary, path)
+
+
+def _temporary(path: str) -> str:
+    """A name beside `path` that the VM's user cannot have taken, since they cannot guess it."""
+    directory, name = os.path.split(path)
+    return f"{directory}/.{name}.{os.urandom(8).hex()}"
+
+
+def _replace(temporary: str, path: str) -> str | None:
+    moved = None
     try:
-        try:
-            os.unlink(temporary)
-        except FileNotFoundError:
-            pass
-        os.symlink(target, temporary)
-    except OSError:
-        # The VM's user has taken that name, with a directory, or is faster. This one cannot be
-        # guessed.
-        temporary += f".{os.urandom(8).hex()}"
-        os.symlink(target, temporary)
-    try:
-        os.replace(temporary, path)
+        for _ in range(_TRIES):
+            try:
+                os.replace(temporary, path)
+                return moved
+            except IsADirectoryError:
+                # rename(2) puts no file in the place of a directory. The VM's user can make one,
+                # which must not keep root from anything.
+                pass
+            aside = f"{path}.moved.{os.urandom(4).hex()}"
+            try:
+                if os.lstat(path).st_uid == 0:
+                    raise IsADirectoryError(EISDIR, "a directory of root's is in the way")
+                os.rename(path, aside)
+                moved = aside
+            except FileNotFoundError:
+                pass
+        raise FileExistsError(EEXIST, "somebody makes a directory there again and again")
     except OSError as error:
         os.unlink(temporary)
         raise MicrovmHostError(f"cannot be replaced: {error.strerror}", path=path) from error

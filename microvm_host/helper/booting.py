@@ -46,7 +46,9 @@ def set_booted(name: str, host: HostPaths) -> None:
 
         private = Record(host.record(name, handover.WHAT))
         handover.hand_over(name, package.private_files, identity, private, host)
-    state.link(host.booted(name), package.path)
+    moved = state.link(host.booted(name), package.path)
+    if moved is not None:
+        log.warning(f"the VM's user made a directory `booted`; it is {moved} now", vm=name)
     log.status(f"checked {package.path}")
 
 
@@ -91,5 +93,6 @@ def unset_booted(name: str, host: HostPaths) -> None:
     try:
         if is_ours:
             os.unlink(host.booted(name))
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        # The next start moves a directory of the VM's user aside.
         pass

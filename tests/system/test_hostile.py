@@ -16,13 +16,13 @@ import contextlib
 import json
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from tests.guest.package import Share, Stub, Tap
 
-from .toolkit import Toolkit, eventually
+from .toolkit import IMAGE, Toolkit, eventually
 from .vms import declare, hasty_guard
 
 pytestmark = pytest.mark.container
@@ -183,10 +183,31 @@ def test_being_taken_for_booted(arena: Arena) -> None:
 def test_a_directory_in_the_way_of_booted(arena: Arena) -> None:
     arena.make()
     arena.eve("mkdir booted booted/inner")
-    assert "booted: cannot be replaced: Is a directory" in arena.start()
-    assert arena.toolkit.sh("ls /run/microvm-host").split() == []
-    arena.eve("rm -r booted")
     assert not arena.start()
+    assert arena.toolkit.sh(f"stat -c %u {arena.state}/booted").strip() == "0"
+    assert arena.toolkit.sh(f"ls {arena.state}/booted.moved.*").split() == ["inner"]
+    assert any("made a directory `booted`" in line for line in arena.toolkit.journal(arena.vm))
+
+
+def test_directories_in_the_way_of_an_update(arena: Arena) -> None:
+    """Nothing that the VM's user makes keeps a VM from a newer package."""
+    arena.make()
+    # As after a start, which gives the directory its owner.
+    assert not arena.start()
+    arena.eve("mkdir flake declaration declared .build current.d; ln -s /etc .builds")
+    newer = arena.toolkit.put(Stub(name=arena.vm), "/opt/newer")
+    arena.toolkit.host.write(f"/etc/microvms/{arena.vm}.toml", f'runner = "{newer}"\n')
+    arena.toolkit.host.run(["microvm", "update", arena.vm])
+    assert arena.toolkit.sh(f"readlink {arena.state}/current").strip() == newer
+    assert arena.toolkit.sh(f"stat -c '%u %F' {arena.state}/declared") == "0 regular empty file\n"
+    # The note that root writes is taken for a directory over and over.
+    arena.toolkit.sh(f"rm {arena.state}/runner; rm -r {arena.state}/declared")
+    with arena.keeps("mkdir runner declared; rmdir runner declared"):
+        for package in (f"/opt/packages/{arena.vm}", newer) * 2:
+            line = f'runner = "{package}"\n'
+            arena.toolkit.host.write(f"/etc/microvms/{arena.vm}.toml", line)
+            arena.toolkit.host.run(["microvm", "update", arena.vm])
+    assert arena.toolkit.sh(f"stat -c %u {arena.state}/runner").strip() == "0"
 
 
 def test_taking_the_names_that_root_uses_in_between(arena: Arena) -> None:
@@ -484,6 +505,70 @@ def test_a_source_of_eves_for_the_packages_own_virtiofsd(arena: Arena) -> None:
     own_script(arena, source="shared")
     arena.eve("mkdir shared")
     assert "which the package's bin/virtiofsd-run would export as root" in arena.start()
+
+
+# ---- images that are made for the VM's user
+
+IMAGES = """autostart = false
+kernel = "{image}/vmlinuz"
+mem = 256
+
+[[volumes]]
+image = "root.qcow2"
+imageType = "qcow2"
+size = 16
+source = "/srv/images/root"
+"""
+MKFS = "/usr/local/sbin/mkfs.ext4"
+
+
+@pytest.fixture
+def images(arena: Arena) -> Iterator[Callable[[str], str]]:
+    """A declared VM whose disk is made of what root alone reads; gives what makes it.
+
+    A line of shell runs between mkfs and the next program: the best moment that somebody who
+    looks for it can have. It finds the image's name in `$image`.
+    """
+    toolkit = arena.toolkit
+    toolkit.sh(
+        "rm -rf /srv/images; mkdir -p /srv/images/root && chmod 700 /srv/images && "
+        "echo content >/srv/images/root/file && chmod 600 /srv/images/root/file && "
+        "echo 'the secret of root' >/root/key && chmod 600 /root/key"
+    )
+    toolkit.host.write(f"/etc/microvms/{arena.vm}.toml", IMAGES.format(image=IMAGE))
+
+    def make(line: str) -> str:
+        toolkit.host.write(
+            MKFS,
+            '#!/bin/sh\n[ "$1" != -V ] || exec /usr/sbin/mkfs.ext4 "$@"\n'
+            f'/usr/sbin/mkfs.ext4 "$@" && for image; do :; done && {line}\n',
+        )
+        toolkit.sh(f"chmod 755 {MKFS}")
+        # On a terminal, as an administrator would.
+        argv = ["script", "-qec", "microvm apply", "/dev/null"]
+        return toolkit.host.run(argv, check=False).stdout
+
+    yield make
+    toolkit.sh(f"rm -rf {MKFS} /srv/images /root/key")
+
+
+def test_a_link_in_the_place_of_an_image_that_is_made(
+    arena: Arena, images: Callable[[str], str]
+) -> None:
+    said = images('rm "$image" && ln -s /root/key "$image"')
+    assert "Permission denied" in said, said
+    assert arena.toolkit.sh(f"grep -rl 'the secret of root' {arena.state}", check=False) == ""
+
+
+def test_the_terminal_of_who_has_an_image_made(arena: Arena, images: Callable[[str], str]) -> None:
+    """Whoever has it can type in the name of root (TIOCSTI), and read what root types."""
+    said = images(
+        "for number in 0 1 2; do [ ! -t $number ] || echo descriptor $number; done; "
+        "if (: <>/dev/tty) 2>/dev/null; then echo terminal; fi; printf 'said \\033[31mred\\n'"
+    )
+    assert "said [31mred" in said and "\033" not in said, said
+    assert "descriptor" not in said and "terminal" not in said, said
+    assert arena.toolkit.host.exists(f"{arena.state}/root.qcow2")
 
 
 # ---- records, messages, signals

@@ -199,14 +199,38 @@ def test_failed_update_leaves_everything(host: HostPaths, one: str) -> None:
 def test_what_is_remembered_is_not_written_through_a_link(
     host: HostPaths, one: str, two: str
 ) -> None:
-    # The VM's user may make files in that directory, whose names are to be guessed.
+    # The VM's user may make files in that directory.
     install.create("web", Source("runner", one), host)
     victim = Path(host.at("/victim"))
     victim.write_text("untouched")
+    os.unlink(f"{host.vm('web')}/runner")
+    os.symlink(victim, f"{host.vm('web')}/runner")
     os.symlink(victim, f"{host.vm('web')}/runner.{os.getpid()}")
     install.from_source("web", Source("runner", two), host)
     assert victim.read_text() == "untouched"
+    os.unlink(f"{host.vm('web')}/runner.{os.getpid()}")
     assert snapshot(host.vm("web")) == {"current": two, "runner": f"{two}\n"}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="makes directories of another user's")
+def test_directories_of_the_vms_user_keep_root_from_nothing(
+    host: HostPaths, one: str, two: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    install.create("web", Source("runner", one), host)
+    taken = (*source.KINDS, source.DECLARED, "current", ".build")
+    for name in taken:
+        path = f"{host.vm('web')}/{name}"
+        if os.path.lexists(path):
+            os.unlink(path)
+        os.mkdir(path)
+        os.chown(path, 61002, 61003)
+    change = install.from_source("web", Source("runner", two), host, is_declared=True)
+    assert change.after == two
+    assert os.readlink(host.current("web")) == two
+    assert Path(f"{host.vm('web')}/runner").read_text() == f"{two}\n"
+    assert source.is_from_declaration(host.vm("web"))
+    said = capfd.readouterr().err
+    assert f"{host.vm('web')}/runner: the VM's user made a directory here" in said
 
 
 # ---- from a flake
@@ -222,7 +246,7 @@ def test_build(
     output = '/etc/nixos#nixosConfigurations."web.1".config.microvm.declaredRunner'
     assert calls() == [
         "--extra-experimental-features nix-command flakes build "
-        f"--out-link {host.vm('web.1')}/.build --refresh {output}"
+        f"--out-link {host.build_link('web.1')} --refresh {output}"
     ]
 
 

@@ -204,6 +204,17 @@ def test_reserving_where_a_directory_is(state: Path) -> None:
         its.reserve()
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives directories away")
+def test_reserving_where_a_directory_of_the_vms_user_is(state: Path) -> None:
+    (state / "x.pid/inner").mkdir(parents=True)
+    os.chown(state / "x.pid", 61002, 61003)
+    with Place(f"{state}/x.pid", str(state)) as its:
+        its.reserve()
+    assert (state / "x.pid").is_file()
+    (moved,) = state.glob("x.pid.moved.*/inner")
+    assert moved.is_dir()
+
+
 def test_giving(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = state / "run/x.sock"
     with Place(str(path), str(state)) as its:

@@ -41,18 +41,39 @@ def test_link_does_not_replace_a_directory(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["current"]
 
 
-def test_link_after_one_that_was_killed(tmp_path: Path) -> None:
-    os.symlink("/left", tmp_path / f".current.{os.getpid()}")
-    state.link(str(tmp_path / "current"), "/a")
-    assert os.listdir(tmp_path) == ["current"]
+@pytest.mark.skipif(os.geteuid() != 0, reason="makes a directory of another user's")
+def test_what_root_makes_where_the_vms_user_made_a_directory(tmp_path: Path) -> None:
+    for name in ("current", "flake"):
+        directory = tmp_path / name
+        (directory / "inner").mkdir(parents=True)
+        os.chown(directory, 61002, 61003)
+        if name == "current":
+            moved = state.link(str(directory), "/a")
+            assert os.readlink(directory) == "/a"
+        else:
+            moved = state.write(str(directory), "text")
+            assert directory.read_text() == "text"
+        assert moved is not None and moved.startswith(f"{directory}.moved.")
+        assert os.listdir(moved) == ["inner"]
+    assert len(os.listdir(tmp_path)) == 4
 
 
-def test_link_where_its_name_in_between_is_taken(tmp_path: Path) -> None:
-    taken = tmp_path / f".current.{os.getpid()}"
-    taken.mkdir()
-    state.link(str(tmp_path / "current"), "/a")
-    assert os.readlink(tmp_path / "current") == "/a"
-    assert sorted(os.listdir(tmp_path)) == sorted([taken.name, "current"])
+@pytest.mark.skipif(os.geteuid() != 0, reason="makes a directory of another user's")
+def test_a_directory_that_is_made_again_and_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "current"
+    replace = os.replace
+
+    def late(source: str, target: str) -> None:
+        path.mkdir(exist_ok=True)
+        os.chown(path, 61002, 61003)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", late)
+    with pytest.raises(MicrovmHostError, match="again and again"):
+        state.link(str(path), "/a")
+    assert not any(name.startswith(".") for name in os.listdir(tmp_path))
 
 
 def test_link_is_there_all_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
