@@ -22,6 +22,8 @@ from .source import DECLARED, KINDS, Source, remembered
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from .build.declared import Plan
     from .declaration import Declaration
     from .declaration.claims import Claims
@@ -113,7 +115,7 @@ def _is_unfinished(directory: str) -> bool:
 def declared(
     found: Declaration,
     host: HostPaths,
-    others: Claims | None = None,
+    others: Callable[[], Claims] | None = None,
     *,
     keeps_rollback: bool = True,
     looks: Looks | None = None,
@@ -122,7 +124,7 @@ def declared(
     """Bring a declared VM up to date, its user included; raises as from_source.
 
     Args:
-        others: what all VMs claim, if the caller knows already.
+        others: gives what all VMs claim, if the caller knows already.
         keeps_rollback: a VM that was rolled back stays so until its declaration, or what it is
             built with, changes.
         looks: looks at what has changed, for several VMs at once.
@@ -208,7 +210,7 @@ def from_source(
     name: str,
     source: Source,
     host: HostPaths,
-    others: Claims | None = None,
+    others: Callable[[], Claims] | None = None,
     *,
     is_declared: bool = False,
     keeps_rollback: bool = False,
@@ -216,7 +218,7 @@ def from_source(
     """Take the package from its source, check it, and make it `current`.
 
     Args:
-        others: what all VMs claim, if the caller knows already.
+        others: gives what all VMs claim, if the caller knows already.
         is_declared: the source stands in a declaration, which is remembered.
         keeps_rollback: a VM that was rolled back stays so, which was somebody's wish.
 
@@ -241,7 +243,7 @@ class _Installation:
         source: Source,
         host: HostPaths,
         lock: Lock,
-        others: Claims | None = None,
+        others: Callable[[], Claims] | None = None,
         *,
         is_declared: bool = False,
         keeps_rollback: bool = False,
@@ -390,13 +392,19 @@ class _Installation:
             state.link(current, self._before)
 
     def _collect(self) -> None:
-        try:
-            with store.locked(self._host):
-                self._lock.keep("")
-                store.collect(self._host)
-        except MicrovmHostError:
-            # The next install does it.
-            return
+        self._lock.keep("")
+        collect(self._host)
+
+
+def collect(host: HostPaths) -> None:
+    """Delete the packages that nobody needs any more; if not now, the next install does it."""
+    if not os.path.isdir(host.packages):
+        return
+    try:
+        with store.locked(host):
+            store.collect(host)
+    except MicrovmHostError:
+        return
 
 
 def _unlink(path: str) -> None:
@@ -440,21 +448,25 @@ def _image_sources(plan: Plan) -> tuple[str, ...]:
         return ()
 
 
-def _plan(path: str, host: HostPaths, others: Claims | None, inputs: Inputs | None = None) -> Plan:
+def _plan(
+    path: str,
+    host: HostPaths,
+    others: Callable[[], Claims] | None,
+    inputs: Inputs | None = None,
+) -> Plan:
     """What a declaration asks for; raises MicrovmHostError."""
     from . import taken
     from .build import declared
 
-    return declared.plan(
-        path, taken.gather(host) if others is None else others, inputs=inputs or Inputs(host)
-    )
+    claims = taken.gather(host) if others is None else others()
+    return declared.plan(path, claims, inputs=inputs or Inputs(host))
 
 
 def would_be(
     name: str,
     source: Source,
     host: HostPaths,
-    others: Claims | None = None,
+    others: Callable[[], Claims] | None = None,
     looks: Looks | None = None,
 ) -> str | None:
     """Where the package from a source would be, without installing it; None if only nix knows.

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .. import install, listing, pcilisting, reconcile, runner, service, state, systemd, users
     from .. import network as networking
     from .. import remove as removal
-    from . import access, built, jobs, networks, table
+    from . import access, built, jobs, networks, start_many, table
     from . import fresh as fresh_guests
     from . import pci as pci_commands
 else:
@@ -38,6 +38,7 @@ else:
     service, systemd, users = Later("..service"), Later("..systemd"), Later("..users")
     access, built, fresh_guests = Later(".access"), Later(".built"), Later(".fresh")
     initial, jobs, networks = Later("..init"), Later(".jobs"), Later(".networks")
+    start_many = Later(".start_many")
     networking, removal = Later("..network"), Later("..remove")
     pci_commands, table = Later(".pci"), Later(".table")
 
@@ -566,7 +567,8 @@ def apply(dry_run: bool, as_json: bool) -> None:
     if not dry_run:
         _as_root()
     outcomes, failed = [], 0
-    for outcome in application.apply(HOST, dry_run=dry_run):
+    line = start_many.Line()
+    for outcome in application.apply(HOST, start_many.bring_up, line.show, dry_run=dry_run):
         outcomes.append(outcome)
         if outcome.error is not None:
             failed = max(failed, outcome.error.exit_code)

@@ -77,8 +77,8 @@ def run(verb: str, vms: Sequence[str]) -> None:
         progress.clear()
     # A stop that ended in force is a stop to systemctl; the unit has it as a failure.
     if job.returncode or (verb == "stop" and "failed" in systemd.states(*running).values()):
-        sys.stderr.write(_reasons(vms, since) or complaint)
-        kind = PackageError if _is_wrong_package(vms) else MicrovmHostError
+        sys.stderr.write(reasons(vms, since) or complaint)
+        kind = PackageError if is_wrong_package(vms) else MicrovmHostError
         raise kind(
             f"could not {verb} {', '.join(vms)}", hint=f"`microvm status {vms[0]}` shows more"
         )
@@ -95,7 +95,7 @@ def _units(verb: str, vms: Sequence[str]) -> tuple[list[str], list[str]]:
     return services, running
 
 
-def _is_wrong_package(vms: Sequence[str]) -> bool:
+def is_wrong_package(vms: Sequence[str]) -> bool:
     """Whether it is for a wrong package that one of the VMs is not up."""
     units = [unit for vm in vms for unit in (*names.set_up_units(vm), names.unit(vm))]
     failed = [unit for unit, state in systemd.states(*units).items() if state == "failed"]
@@ -117,7 +117,7 @@ def _wait_until_undone(vms: Sequence[str], progress: _Progress, began: float) ->
         time.sleep(0.02)
 
 
-def _reasons(vms: Sequence[str], since: str) -> str:
+def reasons(vms: Sequence[str], since: str) -> str:
     """The errors that the journal has of VMs, each once."""
     # What was said a moment ago may not be written yet.
     subprocess.run(["journalctl", "--sync"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -295,3 +295,36 @@ def test_no_ready_is_lost(toolkit: Toolkit, vm: str) -> None:
     finally:
         for name in names:
             toolkit.remove(name)
+
+
+@pytest.mark.core
+def test_apply_waits_for_all_guests_together(toolkit: Toolkit, vm: str) -> None:
+    """Two start beside each other, one comes after them by its order, and one fails."""
+    names = {f"{vm}a": "order = 2", f"{vm}b": "order = 1", f"{vm}c": "", f"{vm}d": ""}
+    wait = "while [ ! -e booted-up ]; do sleep 0.05; done; "
+    for name, more in names.items():
+        fields = {"pci_devices": ("0000:ff:1f.7",)} if name.endswith("d") else {}
+        path = toolkit.put(fake(name, wait + saying("READY=1"), **fields))
+        toolkit.host.write(f"/etc/microvms/{name}.toml", f'runner = "{path}"\n{more}\n')
+    try:
+        applying = toolkit.host.spawn(["sh", "-c", "microvm apply >/run/said 2>/run/wrong"])
+        for name in (f"{vm}b", f"{vm}c"):
+            await_property(toolkit, name, "StatusText", "Waiting for the guest to be ready")
+        assert applying.poll() is None
+        assert toolkit.property(f"microvm@{vm}a", "MainPID") == "0"
+        ready = "runuser -u microvm -- touch"
+        toolkit.sh(f"{ready} /var/lib/microvms/{vm}b/booted-up")
+        await_property(toolkit, f"{vm}a", "StatusText", "Waiting for the guest to be ready")
+        toolkit.sh(f"{ready} /var/lib/microvms/{vm}a/booted-up /var/lib/microvms/{vm}c/booted-up")
+        assert applying.wait(60) == 1
+        said = toolkit.host.read("/run/said").splitlines()
+        assert [line.split(":")[0] for line in said if line.endswith(", started")] == [
+            f"{vm}a",
+            f"{vm}b",
+            f"{vm}c",
+        ]
+        wrong = toolkit.host.read("/run/wrong")
+        assert "0000:ff:1f.7" in wrong and f"could not start {vm}d" in wrong, wrong
+    finally:
+        for name in names:
+            toolkit.remove(name)

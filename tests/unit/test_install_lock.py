@@ -211,7 +211,7 @@ def build(host: HostPaths, name: str, number: int) -> str:
     install._plan = lambda *_: plan
     try:
         found = install.from_source(
-            name, Source("declaration", host.declaration(name)), host, others={}
+            name, Source("declaration", host.declaration(name)), host, others=dict
         )
     finally:
         install._plan = given

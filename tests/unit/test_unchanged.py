@@ -107,7 +107,7 @@ def declare(host: HostPaths, root: Path, name: str, more: str = "") -> None:
 
 
 def bring(host: HostPaths, name: str = "web") -> Change:
-    return install.declared(declaration.load(host.declaration(name)), host, {})
+    return install.declared(declaration.load(host.declaration(name)), host, dict)
 
 
 def test_the_second_install_builds_nothing(host: HostPaths, root: Path, counts: Counts) -> None:
@@ -119,9 +119,9 @@ def test_the_second_install_builds_nothing(host: HostPaths, root: Path, counts: 
     assert counts.taken() == (0, 0, 0)
     # As install-microvm@ asks, without reading the declaration.
     assert install.if_unchanged("web", host) == second
-    assert install.would_be("web", declaration.load(host.declaration("web")).source, host, {}) == (
-        first.after
-    )
+    assert install.would_be(
+        "web", declaration.load(host.declaration("web")).source, host, dict
+    ) == (first.after)
     assert counts.taken() == (0, 0, 0)
 
 
