@@ -272,8 +272,10 @@ def find(host: HostPaths) -> list[Leftover]:
     # just being written.
     records = _records(host)
     seen = _Seen()
-    roots = _gc_roots(host)
-    vms = {*records, *seen.vms(), *_directories(host), *(root.vm for root in roots)}
+    roots: dict[str, list[StaleLink]] = {}
+    for root in _gc_roots(host):
+        roots.setdefault(root.vm, []).append(root)
+    vms = {*records, *seen.vms(), *_directories(host), *roots}
     found: list[Leftover] = []
     for vm in sorted(vms):
         if seen.is_live(vm):
@@ -287,7 +289,7 @@ def find(host: HostPaths) -> list[Leftover]:
         if not os.path.islink(host.vm(vm)):
             found += _booted(vm, host)
             found += _directory(vm, host)
-        found += [root for root in roots if root.vm == vm]
+        found += roots.get(vm, ())
     return found
 
 
@@ -303,7 +305,7 @@ def undo(found: Sequence[Leftover], host: HostPaths) -> Iterator[Outcome]:
     if not wanted:
         return
     with _holding_back([each.vm for each in wanted], host):
-        again = find(host)
+        again = set(find(host))
         live = _Seen()
         for leftover in wanted:
             if leftover not in again:
@@ -380,9 +382,17 @@ class _Seen:
         # In this order: what is done with a job by then shows in the state.
         self._jobs = systemd.jobs(*patterns)
         self._states = systemd.states(*patterns, "microvm-virtiofsd-*")
+        # By VM, once: a host has a thousand units, and each VM would go through all of them.
+        self._vms = {vm for vm in map(_vm_of, self._states) if vm is not None}
+        self._share_units: dict[str, list[str]] = {}
+        # Sockets before services: a socket that is there starts its service again.
+        for unit in sorted(self._states, reverse=True):
+            vm = names.vm_of_share_unit(unit)
+            if vm is not None and self._states[unit] in RUNNING:
+                self._share_units.setdefault(vm, []).append(unit)
 
     def vms(self) -> set[str]:
-        return {vm for vm in map(_vm_of, self._states) if vm is not None}
+        return self._vms
 
     def runs(self, vm: str) -> bool:
         return self._states.get(names.unit(vm)) in RUNNING
@@ -404,9 +414,8 @@ class _Seen:
         for unit in reversed(set_up):
             if self._states.get(unit) in RUNNING:
                 yield StrayUnit(vm, unit)
-        for unit, state in sorted(self._states.items(), reverse=True):
-            # Sockets before services: a socket that is there starts its service anew.
-            if state in RUNNING and names.vm_of_share_unit(unit) == vm and _is_transient(unit):
+        for unit in self._share_units.get(vm, ()):
+            if _is_transient(unit):
                 yield StrayUnit(vm, unit)
         for unit in set_up:
             if self._states.get(unit) == "failed":

@@ -614,8 +614,9 @@ def reconcile_(is_wanted: bool, yes: bool, as_json: bool) -> None:
     states = ["kept" if each.is_kept else "left" for each in found]
     problems: list[tuple[str, ...]] = [() for _ in found]
     if is_wanted:
+        places = {leftover: at for at, leftover in enumerate(found)}
         for outcome in reconcile.undo(found, HOST):
-            at = found.index(outcome.leftover)
+            at = places[outcome.leftover]
             problems[at] = outcome.problems
             states[at] = "failed" if outcome.problems else "undone"
             if outcome.is_in_use:

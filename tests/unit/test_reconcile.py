@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from microvm_host import links, process, reconcile, source, systemd
+from microvm_host import links, names, process, reconcile, source, systemd
 from microvm_host.cli import commands, jobs
 from microvm_host.errors import MicrovmHostError, UsageError
 from microvm_host.paths import HostPaths
@@ -101,6 +101,28 @@ def test_nothing(host: HostPaths) -> None:
     assert reconcile.find(host) == []
     vm(host, "web", "current")
     assert reconcile.find(host) == []
+
+
+def test_each_unit_is_looked_at_once_however_many_vms_there_are(
+    host: HostPaths, pid1: FakeSystemd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked = []
+    look = names.vm_of_share_unit
+
+    def counted(unit: str) -> str | None:
+        looked.append(unit)
+        return look(unit)
+
+    monkeypatch.setattr(names, "vm_of_share_unit", counted)
+    for number in range(50):
+        # Up, and down with something left.
+        for name, unit in (("up", "microvm@up{}.service"), ("down", "microvm-virtiofsd@down{}")):
+            vm(host, f"{name}{number}", "current")
+            pid1.states[unit.format(number)] = "active"
+        pid1.states[f"microvm-virtiofsd-down{number}-home.socket"] = "active"
+    found = reconcile.find(host)
+    assert len([each for each in found if each.what.endswith(".socket")]) == 50
+    assert len(looked) <= 2 * len(pid1.states)
 
 
 @pytest.mark.parametrize(
