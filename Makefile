@@ -4,7 +4,7 @@
 # make test        all tests, in throw-away hosts; installs what they need
 # make test-faults those tests that break things on purpose, with all their rounds: an hour
 # make fuzz        a million broken inputs for whatever root reads: ten minutes, as make check
-# make bench       measures the toolkit beside shell scripts and supervisord: ten minutes
+# make bench       measures the toolkit beside shell scripts and supervisord: a quarter of an hour
 # make check       format, types, unit, golden and static tests: a minute, and no root once
 #                  what it needs is installed
 # make install     into this machine (DESTDIR, PREFIX and the directories below are honoured)

@@ -15,7 +15,7 @@ from tests.guest.package import Share, Tap
 from tests.host.progress import step
 from tests.system.toolkit import IMAGE, SOURCES, Toolkit
 
-from . import plain
+from . import declared, plain
 
 STATE = "/var/lib/microvms"
 PACKAGES = "/opt/bench"
@@ -23,6 +23,8 @@ GENERATOR = "/usr/local/lib/systemd/system-generators/microvm-generator"
 COUNTS = (1, 10, 100)
 # MB.
 GUEST_MEM = 256
+# Of one kernel, to see how it grows.
+DECLARED = (60, 200)
 
 Command = list[str]
 
@@ -323,6 +325,39 @@ class Bench:
                 Row(part, work, pair["toolkit"], pair["plain"], 1.05, unit, "QEMU by hand")
             )
 
+    def declared(self, part: str) -> None:
+        """Installing declared guests of one kernel, and a boot with them."""
+        toolkit, few, many = self.toolkit, *DECLARED
+        declared.prepare(toolkit)
+        seconds: dict[tuple[int, str], float] = {}
+        for count in (many, few):
+            names = declared.declare(toolkit, count)
+            for which in ("first", "second"):
+                with step(f"{part}: {which} apply of {count}"):
+                    seconds[count, which] = declared.apply(toolkit)
+        guests = f"{few} declared guests of {declared.KERNEL_MB + declared.INITRD_MB} MB"
+        for which, limit in (("first", 10_000.0), ("second", 1_000.0)):
+            found = Figures((1000 * seconds[few, which],))
+            self.results.rows.append(
+                Row(part, f"{which} microvm apply, {guests}", found, None, limit)
+            )
+            each = {count: Figures((1000 * seconds[count, which] / count,)) for count in DECLARED}
+            work = f"{which} microvm apply, for each of {many}"
+            row = Row(part, work, each[many], each[few], 1.3, beside=f"for each of {few}")
+            self.results.rows.append(row)
+        boots: dict[str, list[float]] = {"guests": [], "runners": []}
+        # The first boot with each fills the caches.
+        for kind, samples in boots.items():
+            if kind == "runners":
+                declared.as_runners(toolkit, names)
+            with step(f"{part}: boots with {few} {kind}"):
+                samples += [1000 * declared.boot(toolkit, names) for _ in range(4)][1:]
+        pair = {kind: Figures(tuple(samples)) for kind, samples in boots.items()}
+        work = f"boot until {guests} are up"
+        row = Row(part, work, pair["guests"], pair["runners"], 1.1, beside="by runner =")
+        self.results.rows.append(row)
+        declared.clear(toolkit)
+
     # -- growth --------------------------------------------------------------------------------
 
     def growth(self, part: str) -> None:
@@ -430,6 +465,7 @@ PARTS: dict[str, Callable[[Bench, str], None]] = {
     "list-1000": Bench.list_1000,
     "generator": Bench.generator,
     "help": Bench.help,
+    "declared": Bench.declared,
     "guest": Bench.guest,
     "growth": Bench.growth,
     "growth-1000": Bench.growth_1000,

@@ -324,7 +324,7 @@ def test_apply_waits_for_all_guests_together(toolkit: Toolkit, vm: str) -> None:
             f"{vm}c",
         ]
         wrong = toolkit.host.read("/run/wrong")
-        assert "0000:ff:1f.7" in wrong and f"could not start {vm}d" in wrong, wrong
+        assert "this host has no IOMMU in use" in wrong and f"could not start {vm}d" in wrong, wrong
     finally:
         for name in names:
             toolkit.remove(name)
