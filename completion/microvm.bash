@@ -22,6 +22,22 @@ _microvm_vms() {
     done
 }
 
+# Offers the beginnings of the digests of the packages that a VM had, but for the current one.
+_microvm_packages() {
+    local root=${MICROVM_HOST_ROOT-} package
+    root=${root%/}
+    options=
+    for package in "$root"/var/lib/microvm-host/packages/*-"$1"/; do
+        package=${package%/}
+        # Another VM's name may end like this one; a digest has no `-`.
+        [[ -d $package && ${package##*/} == +([!-])-"$1" ]] || continue
+        [[ ! $package -ef $root/var/lib/microvms/$1/current ]] || continue
+        package=${package##*/}
+        options+=" ${package:0:12}"
+    done
+    mapfile -t COMPREPLY < <(compgen -W "$options" -- "$current")
+}
+
 # Gives the sub-command that the words so far stand for, in $command.
 _microvm_command() {
     local word
@@ -52,6 +68,11 @@ _microvm() {
     before=("${before[@]:1}")
     COMPREPLY=()
     _microvm_command "${before[@]}"
+    # By its other names.
+    case $command in
+        ls | ps) command=list ;;
+        rm) command=remove ;;
+    esac
 
     case $command:$previous in
         create:--runner | create:--flake | create:-f | create:-*f | build:-o | build:--output)
@@ -90,7 +111,7 @@ _microvm() {
             create) options='-f --flake --runner --user --start' ;;
             init) options='--guest --memory --kernel --suite --mirror --login --ssh-key --disk --fresh
                 --force -o --output' ;;
-            list) options='--check --json' ;;
+            list) options='--check --lines --json' ;;
             pci) options='-a --all --json' ;;
             reconcile) options='--apply -y --yes --json' ;;
             remove) options='-y --yes' ;;
@@ -102,7 +123,7 @@ _microvm() {
     else
         case $command in
             # One name, then what is not ours to complete.
-            adopt | balloon | console | exec | history | logs | rollback | run | show | ssh | status)
+            adopt | balloon | console | exec | history | logs | run | show | ssh)
                 for word in "${before[@]:1}"; do
                     [[ $word == -* ]] || return 0
                 done
@@ -128,7 +149,18 @@ _microvm() {
                 mapfile -t COMPREPLY < <(compgen -f -X '!*.toml' -- "$current"; compgen -d -- "$current")
                 return 0
                 ;;
-            list | remove | restart | start | stop | update) ;;
+            rollback)
+                # One name, and one of the packages that it had.
+                local -a given_words=()
+                for word in "${before[@]:1}"; do
+                    [[ $word == -* ]] || given_words+=("$word")
+                done
+                if ((${#given_words[@]})); then
+                    ((${#given_words[@]} > 1)) || _microvm_packages "${given_words[0]}"
+                    return 0
+                fi
+                ;;
+            list | remove | restart | start | status | stop | update) ;;
             *) return 0 ;;
         esac
         [[ $command != ssh || $current != *@* ]] || prefix=${current%@*}@

@@ -16,11 +16,25 @@ from .record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import Any
 
     from .paths import HostPaths
     from .source import Source
+
+# systemd's word for the state of a unit -> what people call a VM whose unit is in that state.
+_STATUS = {
+    "active": "running",
+    "reloading": "running",
+    "activating": "starting",
+    "deactivating": "stopping",
+    "inactive": "stopped",
+}
+_PROPERTIES = ("StateChangeTimestamp", "MemoryCurrent")
+_RUNS = ("active", "activating", "deactivating", "reloading")
+# Characters of a digest or a hash that tell packages apart, as `microvm history` shows them.
+_SHORT = 12
+_HEX = frozenset("0123456789abcdef")
 
 
 @frozen
@@ -46,6 +60,13 @@ class Version:
             return base.rsplit("-", 1)[-1] if self.system else base[:8]
         return base
 
+    @property
+    def short(self) -> str:
+        """As short as it can be: the beginning of the digest for a package that was built here."""
+        digest, dash, _ = self.label.partition("-")
+        is_digest = bool(dash) and len(digest) == 32 and _HEX.issuperset(digest)
+        return digest[:_SHORT] if is_digest else self.label
+
 
 @frozen
 class Row:
@@ -64,10 +85,23 @@ class Row:
     lost: tuple[str, ...] = ()
     # Addresses of the running guest that the host knows.
     addresses: tuple[str, ...] = ()
+    # A declaration made this VM, and the file is gone.
+    is_undeclared: bool = False
+    # When the unit came into its state, in seconds since 1970, and what it takes of the host's
+    # memory, in bytes; None where systemd does not tell, or was not asked.
+    since: int | None = None
+    memory: int | None = None
+
+    @property
+    def status(self) -> str:
+        """In plain words whether it runs: running, starting, stopping, failed, stopped, broken."""
+        if self.current is None and not self.runs:
+            return "broken"
+        return _STATUS.get(self.active, self.active)
 
     @property
     def runs(self) -> bool:
-        return self.active in ("active", "activating", "deactivating", "reloading")
+        return self.active in _RUNS
 
     @property
     def state(self) -> str:
@@ -103,6 +137,7 @@ def rows(
     newest_by_building: Callable[[str, Source], Version | None] | None = None,
     *,
     neighbours: bool = False,
+    details: bool = False,
 ) -> list[Row]:
     """The VMs of this host, sorted by name.
 
@@ -111,19 +146,14 @@ def rows(
         newest_by_building: finds out what a flake or a declaration would give now; without it,
             they are not asked.
         neighbours: tell addresses too that no DHCP server of this host gave.
+        details: tell `since` and `memory` too, for which systemd is asked a second time.
 
     Raises:
         MicrovmHostError: systemd does not answer, or a VM of `only` does not exist.
     """
-    try:
-        present = {entry for entry in os.listdir(host.state) if names.is_vm_name(entry)}
-    except FileNotFoundError:
-        present = set()
     for name in only:
-        if name not in present:
-            raise MicrovmHostError(
-                f"there is no microVM {name}", path=host.vm(name), hint="`microvm list` lists them"
-            )
+        require(name, host)
+    chosen = only or [name for name in installed(host) if os.path.isdir(host.vm(name))]
     active = systemd.states(
         names.unit("*"),
         names.again_unit("*"),
@@ -132,13 +162,95 @@ def rows(
         *names.set_up_units("*"),
     )
     known = leases.known(host, neighbours=neighbours)
-    return [
-        _row(
-            name, _active(name, active), _lost(name, active, host), host, newest_by_building, known
+    units: dict[str, dict[str, str]] = {}
+    if details:
+        units = systemd.show_all(_PROPERTIES, names.unit("*"), "microvm-foreground-*.service")
+    return [_row(name, active, host, newest_by_building, known, units) for name in chosen]
+
+
+def installed(host: HostPaths) -> list[str]:
+    """The names of the VMs that have a state directory."""
+    try:
+        return sorted(filter(names.is_vm_name, os.listdir(host.state)))
+    except FileNotFoundError:
+        return []
+
+
+def declared(host: HostPaths) -> list[str]:
+    """The names of the VMs that have a declaration, installed or not."""
+    try:
+        files = os.listdir(host.declarations)
+    except OSError:
+        return []
+    found = (file.removesuffix(".toml") for file in files if file.endswith(".toml"))
+    return sorted(filter(names.is_vm_name, found))
+
+
+def require(name: str, host: HostPaths, *, declared_will_do: bool = False) -> None:
+    """Check that a VM is there.
+
+    Args:
+        declared_will_do: it may be declared alone: whoever asks has systemd install it.
+
+    Raises:
+        MicrovmHostError: it is not; says which one the caller may have meant.
+    """
+    if os.path.isdir(host.vm(name)):
+        return
+    is_declared = os.path.lexists(host.declaration(name))
+    if is_declared and declared_will_do:
+        return
+    if is_declared:
+        raise MicrovmHostError(
+            f"microVM {name} is declared, but not installed yet",
+            hint=f"`microvm apply` installs it, `microvm start {name}` starts it, too",
         )
-        for name in only or sorted(present)
-        if only or os.path.isdir(host.vm(name))
-    ]
+    # Mistakes alone pay for it.
+    from .declaration.nearest import nearest
+
+    meant = nearest(name, {*installed(host), *declared(host)})
+    raise MicrovmHostError(
+        f"there is no microVM {name}",
+        hint=f"did you mean {meant}?" if meant else "`microvm list` shows those that there are",
+    )
+
+
+def select(patterns: Sequence[str], host: HostPaths, *, declared_too: bool = False) -> list[str]:
+    """The VMs that names and globs stand for, each once.
+
+    Args:
+        declared_too: those that are declared, and not installed yet, are among them.
+
+    Raises:
+        MicrovmHostError: a name is no VM's, or a glob matches none.
+    """
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        if not is_glob(pattern):
+            require(pattern, host, declared_will_do=declared_too)
+            found[pattern] = None
+            continue
+        from fnmatch import fnmatchcase
+
+        known = [name for name in installed(host) if os.path.isdir(host.vm(name))]
+        known += declared(host) if declared_too else []
+        matches = [name for name in sorted({*known}) if fnmatchcase(name, pattern)]
+        if not matches:
+            raise MicrovmHostError(
+                f"no microVM matches {pattern!r}", hint="`microvm list` shows those that there are"
+            )
+        found.update(dict.fromkeys(matches))
+    return list(found)
+
+
+def is_glob(text: str) -> bool:
+    """Whether a text stands for any number of VMs; no VM has such a name."""
+    return any(character in text for character in "*?[")
+
+
+def _number(text: str) -> int | None:
+    # systemd's word for a number that there is none of is the largest one, or no number.
+    return int(text) if names.is_number(text) and int(text) < 1 << 63 else None
 
 
 def _active(name: str, active: dict[str, str]) -> str:
@@ -176,29 +288,50 @@ def _recorded_losses(name: str, host: HostPaths) -> list[str]:
 
 def _row(
     name: str,
-    active: str,
-    lost: tuple[str, ...],
+    states: dict[str, str],
     host: HostPaths,
     newest_by_building: Callable[[str, Source], Version | None] | None,
     known: dict[str, list[str]],
+    units: dict[str, dict[str, str]],
 ) -> Row:
+    active = _active(name, states)
+    facts = units.get(names.unit(name), {})
+    if states.get(names.unit(name), "inactive") in ("inactive", "failed"):
+        facts = units.get(names.foreground_unit(name), facts)
+    since = _number(facts.get("StateChangeTimestamp", "").lstrip("@"))
+    memory = _number(facts.get("MemoryCurrent", ""))
+    current = booted = None
+    problem = ""
     try:
-        current = _version(host.current(name))
         booted = _version(host.booted(name)) if state.booted(name, host) else None
+        current = _version(host.current(name))
+        if current is None:
+            problem = (
+                f"{host.current(name)} points nowhere"
+                if os.path.islink(host.current(name))
+                else f"no package in {host.vm(name)}"
+            )
     except PermissionError:
-        return Row(name, active, None, None, problem="cannot be read: try as root")
-    if current is None:
-        problem = (
-            f"{host.current(name)} points nowhere"
-            if os.path.islink(host.current(name))
-            else f"no package in {host.vm(name)}"
-        )
-        return Row(name, active, None, booted, problem=problem)
-    newest = _newest(name, host, newest_by_building)
-    row = Row(name, active, current, booted, newest, lost=lost)
-    if not (known and booted and row.runs):
-        return row
-    return Row(name, active, current, booted, newest, "", lost, _addresses(booted, known))
+        problem = "cannot be read: try as root"
+    return Row(
+        name,
+        active,
+        current,
+        booted,
+        newest=_newest(name, host, newest_by_building) if current else None,
+        problem=problem,
+        lost=_lost(name, states, host) if current else (),
+        addresses=_addresses(booted, known) if known and booted and active in _RUNS else (),
+        is_undeclared=_is_undeclared(name, host),
+        since=since,
+        memory=memory,
+    )
+
+
+def _is_undeclared(name: str, host: HostPaths) -> bool:
+    from .source import is_from_declaration
+
+    return is_from_declaration(host.vm(name)) and not os.path.lexists(host.declaration(name))
 
 
 def _addresses(booted: Version, known: dict[str, list[str]]) -> tuple[str, ...]:
@@ -256,6 +389,7 @@ def as_text(row: Row, paint: Callable[[str, str], str]) -> str:
     command = paint("bold cyan", row.command) if row.command else ""
     current = row.current
     at = "".join(f", {address}" for address in row.addresses)
+    at += ", no longer declared" if row.is_undeclared else ""
     if row.state == "outdated" and row.newest is not None:
         old, new = labels(current, row.newest)
         reboot = " and reboot" if row.booted else ""
@@ -299,6 +433,10 @@ def as_json(row: Row) -> dict[str, Any]:
         "name": row.name,
         "active": row.active,
         "state": row.state,
+        "status": row.status,
+        "since": row.since,
+        "memory": row.memory,
+        "undeclared": row.is_undeclared,
         "current": version(row.current),
         "booted": version(row.booted),
         "newest": version(row.newest),

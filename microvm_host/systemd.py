@@ -35,6 +35,23 @@ def show(unit: str, *properties: str) -> dict[str, str]:
     return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
 
 
+def show_all(properties: tuple[str, ...], *patterns: str) -> dict[str, dict[str, str]]:
+    """Properties of the loaded units of these names or globs; raises MicrovmHostError.
+
+    Times are `@` and seconds since 1970.
+    """
+    text = process.output(
+        ["systemctl", "show", "--timestamp=unix", f"--property={','.join(('Id', *properties))}"]
+        + ["--", *map(_as_glob, patterns)]
+    )
+    found = {}
+    for block in text.split("\n\n"):
+        facts = dict(line.split("=", 1) for line in block.splitlines() if "=" in line)
+        if facts:
+            found[facts.pop("Id", "")] = facts
+    return found
+
+
 def states(*patterns: str) -> dict[str, str]:
     """The loaded units of these names or globs, with their active state (`active`, `failed`, …).
 

@@ -9,14 +9,16 @@ import sys
 import click
 
 from .. import __version__, names
-from ..errors import EXIT_CONFIG, EXIT_FAILED, MicrovmHostError, PackageError, UsageError
+from ..errors import EXIT_CONFIG, EXIT_FAILED, MicrovmHostError, UsageError
 from ..paths import HostPaths
-from ..source import Source, remembered
+from ..source import Source
+from .group import Commands
 from .later import Later
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import json
+    import shlex
 
     from .. import adopt as adoption
     from .. import apply as application
@@ -29,8 +31,9 @@ if TYPE_CHECKING:
     from . import access, built, jobs, networks, start_many, table
     from . import fresh as fresh_guests
     from . import pci as pci_commands
+    from . import status as status_pages
 else:
-    json = Later("json")
+    json, shlex = Later("json"), Later("shlex")
     adoption, application = Later("..adopt"), Later("..apply")
     ballooning, consoles = Later("..balloon"), Later("..console")
     install, listing, pcilisting = Later("..install"), Later("..listing"), Later("..pcilisting")
@@ -38,22 +41,29 @@ else:
     service, systemd, users = Later("..service"), Later("..systemd"), Later("..users")
     access, built, fresh_guests = Later(".access"), Later(".built"), Later(".fresh")
     initial, jobs, networks = Later("..init"), Later(".jobs"), Later(".networks")
-    start_many = Later(".start_many")
+    start_many, status_pages = Later(".start_many"), Later(".status")
     networking, removal = Later("..network"), Later("..remove")
     pci_commands, table = Later(".pci"), Later(".table")
 
 HOST = HostPaths.from_environment()
 
-_EPILOG = """The flags of microvm.nix work too: -l, -c NAME [-f FLAKE], -u NAMES [-R], -r NAME,
--s NAME."""
+_EPILOG = """Other names: ls and ps for list, rm for remove. The flags of microvm.nix work
+too: -l, -c NAME [-f FLAKE], -u NAMES [-R], -r NAME, -s NAME."""
 
 
 NAME = names.vm_name
-NAMES = click.argument("vms", metavar="NAME...", type=NAME, nargs=-1, required=True)
+
+
+def _name_or_glob(text: str) -> str:
+    return text if listing.is_glob(text) else names.vm_name(text)
+
+
+NAMES = click.argument("vms", metavar="NAME...", type=_name_or_glob, nargs=-1, required=True)
+OPTIONAL_NAMES = click.argument("vms", metavar="[NAME...]", type=_name_or_glob, nargs=-1)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 
 
-@click.group(epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="microvm-host")
 def microvm() -> None:
     """Run microVMs as services of this host.
@@ -63,19 +73,23 @@ def microvm() -> None:
 
 
 @microvm.command("list")
-@click.argument("vms", metavar="[NAME...]", type=NAME, nargs=-1)
+@OPTIONAL_NAMES
 @click.option(
     "--check", is_flag=True, help="Ask what flakes and declarations would give now; nix is slow."
 )
+@click.option(
+    "--lines", "as_lines", is_flag=True, help="A line each, with what to do next, as `microvm -l`."
+)
 @JSON
-def list_(vms: tuple[str, ...], check: bool, as_json: bool) -> None:
-    """Show each VM: whether it runs, which version is current and which is booted."""
+def list_(vms: tuple[str, ...], check: bool, as_lines: bool, as_json: bool) -> None:
+    """Show the VMs: state, version, address, memory."""
     newest = _newest if check else None
+    only = tuple(listing.select(vms, HOST))
     if as_json:
-        rows = listing.rows(HOST, vms, newest, neighbours=True)
+        rows = listing.rows(HOST, only, newest, neighbours=True, details=True)
         click.echo(json.dumps([listing.as_json(row) for row in rows], indent=2))
     else:
-        table.show_list(HOST, vms, newest)
+        table.show_list(HOST, only, newest, as_lines=as_lines)
 
 
 def _newest(name: str, source: Source) -> listing.Version | None:
@@ -103,9 +117,10 @@ def _newest(name: str, source: Source) -> listing.Version | None:
 @click.option("--user", metavar="USER", help="Run it as USER; `auto` makes one of its own.")
 @click.option("--start", is_flag=True, help="Start it at once.")
 def create(vm: str, flake: str | None, path: str | None, user: str | None, start: bool) -> None:
-    """Make a VM from a flake (with nix) or from a runner package.
+    """Make a VM from a flake or a runner package.
 
-    Without --flake and --runner, the flake is git+file:///etc/nixos, as with microvm.nix.
+    nix builds a flake. Without --flake and --runner, the flake is git+file:///etc/nixos, as with
+    microvm.nix.
     """
     if flake and path:
         raise UsageError("--flake and --runner do not go together")
@@ -133,9 +148,10 @@ def _absolute_flake(flake: str) -> str:
 @click.option("--from", "former", metavar="USER", help="Whose files to take; default: microvm.")
 @click.option("--user", metavar="USER", help="Run it as USER from now on; `auto` makes one.")
 def adopt(vm: str, former: str | None, user: str | None) -> None:
-    """Give a VM's files to the user that it runs as, after that was changed.
+    """Give a VM's files to the user that it runs as.
 
-    What belongs to others than the former user stays as it is, and is listed.
+    For a VM whose user was changed. What belongs to others than the former user stays as it is,
+    and is listed.
     """
     _as_root()
     _existing(vm)
@@ -165,7 +181,10 @@ def adopt(vm: str, former: str | None, user: str | None) -> None:
 @click.argument("size", metavar="[SIZE]", required=False)
 @JSON
 def balloon(vm: str, size: str | None, as_json: bool) -> None:
-    """Show how much memory a guest has, or leave it SIZE of that: 512M, 2G, or a number of MB."""
+    """Show or set how much memory a guest has.
+
+    SIZE is what the guest keeps of its memory: 512M, 2G, or a number of MB.
+    """
     wanted = None if size is None else ballooning.megabytes(size)
     _existing(vm)
     access.show_or_set_balloon(vm, HOST, wanted, as_json=as_json)
@@ -175,7 +194,10 @@ def balloon(vm: str, size: str | None, as_json: bool) -> None:
 @click.argument("declaration", metavar="FILE")
 @click.option("-o", "--output", metavar="DIR", required=True, help="Where to write the package.")
 def build(declaration: str, output: str) -> None:
-    """Make the runner package of a declaration, without installing it; needs no root."""
+    """Make the package of a declaration without installing it.
+
+    Needs no root.
+    """
     built.build(os.path.abspath(declaration), output)
     click.echo(f"built {output}")
 
@@ -198,7 +220,7 @@ def build(declaration: str, output: str) -> None:
 )
 @click.option("-w", "--wait", is_flag=True, help="Wait until the VM runs.")
 def console(vm: str, read_only: bool, escape: str, lines: int, wait: bool) -> None:
-    """Be on the serial console of a VM, until it ends or Ctrl-] is pressed.
+    """Attach to a VM's serial console; Ctrl-] detaches.
 
     The first one types, others look on.
     """
@@ -222,7 +244,10 @@ def console(vm: str, read_only: bool, escape: str, lines: int, wait: bool) -> No
 @click.argument("vm", metavar="NAME", type=NAME)
 @click.argument("argv", metavar="[--] COMMAND...", nargs=-1, type=click.UNPROCESSED)
 def execute(vm: str, argv: tuple[str, ...], has_input: bool, timeout: float) -> None:
-    """Run a command in a guest, by QEMU's guest agent, and end with its exit code."""
+    """Run a command in a guest, through QEMU's guest agent.
+
+    Exits with the command's code.
+    """
     words = argv[1:] if argv[:1] == ("--",) else argv
     if not words:
         raise UsageError("no command is given")
@@ -233,7 +258,10 @@ def execute(vm: str, argv: tuple[str, ...], has_input: bool, timeout: float) -> 
 @click.argument("vm", metavar="NAME", type=NAME)
 @JSON
 def show(vm: str, as_json: bool) -> None:
-    """Show the command line of a declared VM's hypervisor as it would be now, a word a line."""
+    """Show the command line of a declared VM's hypervisor.
+
+    One word a line, as a start would have it now.
+    """
     _existing(vm)
     words = built.command_line(vm, HOST)
     click.echo(json.dumps(words, indent=2) if as_json else "\n".join(words))
@@ -243,7 +271,7 @@ def show(vm: str, as_json: bool) -> None:
 @click.argument("vm", metavar="NAME", type=NAME)
 @JSON
 def history(vm: str, as_json: bool) -> None:
-    """Show the packages that a VM had, and what each changed."""
+    """Show the packages that a VM had, and what changed."""
     _existing(vm)
     built.show_history(vm, HOST, as_json=as_json)
 
@@ -253,9 +281,10 @@ def history(vm: str, as_json: bool) -> None:
 @click.argument("to", metavar="[TO]", required=False)
 @click.option("-R", "--restart", is_flag=True, help="Restart it if it runs.")
 def rollback(vm: str, to: str | None, restart: bool) -> None:
-    """Give a VM the package that it had before, or the one whose digest begins with TO.
+    """Give a VM the package that it had before.
 
-    It keeps that until its declaration changes, or `microvm update` is asked for.
+    Or the one whose digest begins with TO. It keeps that until its declaration changes, or
+    `microvm update` is asked for.
     """
     _as_root()
     _existing(vm)
@@ -317,9 +346,9 @@ def init(
     force: bool,
     output: str | None,
 ) -> None:
-    """Make a guest of this host's own packages, or of Debian's, and a declaration that starts it.
+    """Make a guest, and a declaration that starts it.
 
-    It boots to a login prompt.
+    It is made of this host's own packages, or of Debian's, and boots to a login prompt.
     """
     _as_root()
     image = None if kernel is None else os.path.abspath(kernel)
@@ -339,6 +368,7 @@ def init(
 def update(vms: tuple[str, ...], restart: bool) -> None:
     """Bring VMs up to date from where their packages come from."""
     _as_root()
+    vms = tuple(listing.select(vms, HOST, declared_too=True))
     if any(os.path.lexists(HOST.declaration(vm)) for vm in vms):
         # What a declaration says of the unit holds from then on.
         systemd.reload()
@@ -355,7 +385,6 @@ def update(vms: tuple[str, ...], restart: bool) -> None:
 
 
 def _update(vm: str, *, restart: bool) -> None:
-    _existing(vm)
     change = install.update(vm, HOST)
     click.echo(change.describe())
     runs = listing.rows(HOST, (vm,))[0].runs
@@ -369,27 +398,27 @@ def _update(vm: str, *, restart: bool) -> None:
 @NAMES
 def start(vms: tuple[str, ...]) -> None:
     """Start VMs and wait until they run."""
-    jobs.run("start", vms)
+    jobs.run("start", jobs.select("start", vms, HOST))
 
 
 @microvm.command()
 @NAMES
 def stop(vms: tuple[str, ...]) -> None:
-    """Ask VMs to shut down, and wait until they have and nothing of them is left."""
-    jobs.run("stop", vms)
+    """Shut VMs down, and wait until nothing of them is left."""
+    jobs.run("stop", jobs.select("stop", vms, HOST))
 
 
 @microvm.command()
 @NAMES
 def restart(vms: tuple[str, ...]) -> None:
     """Stop VMs and start their current version."""
-    jobs.run("restart", vms)
+    jobs.run("restart", jobs.select("restart", vms, HOST))
 
 
 @microvm.command()
 @click.argument("vm", metavar="NAME", type=NAME)
 def run(vm: str) -> None:
-    """Run a VM in the foreground, with its taps and shares, until it ends."""
+    """Run a VM in the foreground until it ends."""
     _as_root()
     _existing(vm)
     jobs.run_in_foreground(vm, HOST)
@@ -399,7 +428,10 @@ def run(vm: str) -> None:
 @click.argument("target", metavar="[USER@]NAME")
 @click.argument("arguments", metavar="[SSH-ARGUMENT...]", nargs=-1, type=click.UNPROCESSED)
 def ssh(target: str, arguments: tuple[str, ...]) -> None:
-    """Log in to a guest by ssh over vsock, or else by its address, as root unless USER is given."""
+    """Log in to a guest by ssh.
+
+    Over vsock, or else by its address; as root unless USER is given.
+    """
     user, at, vm = target.rpartition("@")
     names.vm_name(vm)
     _existing(vm)
@@ -408,71 +440,18 @@ def ssh(target: str, arguments: tuple[str, ...]) -> None:
 
 
 @microvm.command()
-@click.argument("vm", metavar="NAME", type=NAME)
+@OPTIONAL_NAMES
 @JSON
-def status(vm: str, as_json: bool) -> None:
-    """Show a VM: its package, its interfaces and shares, and its unit."""
-    _existing(vm)
-    row = listing.rows(HOST, (vm,), neighbours=True)[0]
-    # What runs is what counts; a VM that is down shows what would run.
-    link = HOST.booted(vm) if row.booted else HOST.current(vm)
-    try:
-        package = runner.load(link)
-    except PackageError:
-        if not as_json:
-            jobs.show_unit(vm)
-        raise
-    readiness = jobs.readiness(vm) or package.readiness
-    details = {
-        **listing.as_json(row),
-        "hypervisor": package.hypervisor,
-        "vsock_cid": package.vsock_cid,
-        "readiness": readiness,
-        "taps": [tap.name for tap in package.taps],
-        "macvtaps": [macvtap.name for macvtap in package.macvtaps],
-        "pci_devices": list(package.pci_devices),
-        "shares": [
-            {"tag": share.tag, "source": share.source, "read_only": share.read_only}
-            for share in package.shares
-        ],
-        "source": str(remembered(HOST.vm(vm)) or "") or None,
-    }
-    if as_json:
-        click.echo(json.dumps(details, indent=2))
+def status(vms: tuple[str, ...], as_json: bool) -> None:
+    """Show all about VMs, or without a NAME how all are."""
+    if not vms:
+        status_pages.show_all(HOST, as_json=as_json)
         return
-    click.echo(listing.as_text(row, table.paint))
-    for title, value in (
-        ("package", package.path),
-        ("from", details["source"]),
-        ("hypervisor", package.hypervisor),
-        ("addresses", ", ".join(row.addresses)),
-        ("vsock CID", package.vsock_cid),
-        ("readiness", _readiness(readiness, row.active)),
-        ("taps", ", ".join(tap.name for tap in package.taps)),
-        ("macvtaps", ", ".join(f"{each.name} on {each.link}" for each in package.macvtaps)),
-        ("PCI", ", ".join(pcilisting.in_short(each, HOST) for each in package.pci_devices)),
-        *(
-            (
-                "share",
-                f"{share.tag} → {share.source}"
-                + (" (read-only)" if share.read_only else "")
-                + (" (lost: its virtiofsd has ended)" if share.tag in row.lost else ""),
-            )
-            for share in package.shares
-        ),
-    ):
-        if value:
-            click.echo(f"{title:>12}: {value}")
-    sys.stdout.flush()
-    sys.exit(jobs.show_unit(vm))
-
-
-def _readiness(readiness: str, active: str) -> str:
-    """What the VM's start waits for, where that is not just its hypervisor."""
-    if readiness != "guest":
-        return ""
-    states = {"activating": ", which is waited for", "active": ", which is ready"}
-    return readiness + states.get(active, "")
+    chosen = listing.select(vms, HOST)
+    for vm in chosen:
+        _existing(vm)
+    is_glob = len(vms) > 1 or any(map(listing.is_glob, vms))
+    sys.exit(status_pages.show(chosen, HOST, as_json=as_json, is_glob=is_glob))
 
 
 @microvm.group(invoke_without_command=True)
@@ -480,7 +459,7 @@ def _readiness(readiness: str, active: str) -> str:
 @JSON
 @click.pass_context
 def pci(context: click.Context, bridges: bool, as_json: bool) -> None:
-    """Show the host's PCI devices, their IOMMU groups, and the VMs that have them."""
+    """Show PCI devices, their IOMMU groups and their VMs."""
     if context.invoked_subcommand is None:
         pci_commands.show(HOST, bridges=bridges, as_json=as_json)
     elif bridges or as_json:
@@ -491,7 +470,10 @@ def pci(context: click.Context, bridges: bool, as_json: bool) -> None:
 @click.argument("vm", metavar="NAME", type=NAME)
 @JSON
 def check_pci(vm: str, as_json: bool) -> None:
-    """Say what a start of a VM would do about its PCI devices, and what stands against it."""
+    """Show what a start would do about a VM's PCI devices.
+
+    Or all that stands against it.
+    """
     _as_root()
     _existing(vm)
     pci_commands.check(vm, HOST, as_json=as_json)
@@ -501,7 +483,10 @@ def check_pci(vm: str, as_json: bool) -> None:
 @JSON
 @click.pass_context
 def network(context: click.Context, as_json: bool) -> None:
-    """Show the ready-made network of VMs, which systemd-networkd makes once it is enabled."""
+    """Show the ready-made network of VMs.
+
+    systemd-networkd makes it once it is enabled.
+    """
     if context.invoked_subcommand is None:
         networks.show(HOST, as_json=as_json)
     elif as_json:
@@ -528,7 +513,9 @@ def disable_network() -> None:
 @click.argument("vm", metavar="NAME", type=NAME)
 @click.argument("arguments", metavar="[JOURNALCTL-ARGUMENT...]", nargs=-1, type=click.UNPROCESSED)
 def logs(vm: str, arguments: tuple[str, ...]) -> None:
-    """Show the console and the messages of a VM and of what sets it up.
+    """Show the console and the messages of a VM.
+
+    Those of the units that set it up are among them.
 
     Further arguments are journalctl's: -f follows, -b is this boot, -n 20 the last 20 lines.
     """
@@ -540,18 +527,19 @@ def logs(vm: str, arguments: tuple[str, ...]) -> None:
 @NAMES
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 def remove(vms: tuple[str, ...], yes: bool) -> None:
-    """Delete VMs that do not run, with everything in their state directories."""
+    """Delete VMs that do not run, with their disks.
+
+    Everything in their state directories is deleted.
+    """
     _as_root()
-    for vm in vms:
-        _existing(vm)
+    chosen = listing.select(vms, HOST)
     # All of them, before the first is deleted.
-    for vm in vms:
+    for vm in chosen:
         removal.check(vm, HOST)
-    for vm in dict.fromkeys(vms):
-        if not yes:
-            click.confirm(
-                f"Delete {vm} with all of its disks and data in {HOST.vm(vm)}?", abort=True
-            )
+    for vm in chosen:
+        question = f"Delete {vm} with all of its disks and data in {HOST.vm(vm)}?"
+        if not yes and not _confirmed(question):
+            raise MicrovmHostError(f"{vm} stays: nobody said yes", hint="--yes does not ask")
         with removal.kept_down(vm, HOST):
             removal.check(vm, HOST)
             jobs.disable(vm)
@@ -563,7 +551,10 @@ def remove(vms: tuple[str, ...], yes: bool) -> None:
 @click.option("-n", "--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @JSON
 def apply(dry_run: bool, as_json: bool) -> None:
-    """Do now what boot would do with the VMs declared in /etc/microvms."""
+    """Do now what boot would do with the declared VMs.
+
+    Their declarations are in /etc/microvms.
+    """
     if not dry_run:
         _as_root()
     outcomes, failed = [], 0
@@ -601,7 +592,7 @@ def apply(dry_run: bool, as_json: bool) -> None:
 @click.option("-y", "--yes", is_flag=True, help="Stop undeclared VMs without asking.")
 @JSON
 def reconcile_(is_wanted: bool, yes: bool, as_json: bool) -> None:
-    """Show what VMs left behind, and undo it with --apply.
+    """Show what VMs left behind; --apply undoes it.
 
     Exit code 1 says that something is left.
     """
@@ -664,24 +655,32 @@ def _may_stop(leftover: reconcile.Leftover, *, yes: bool) -> bool:
     """Ask whether an undeclared VM may be stopped; without a terminal nobody can say so."""
     if yes:
         return True
-    if not _is_terminal():
-        return False
-    return click.confirm(f"{leftover.vm} {leftover.describe()}. Stop it?", err=True)
+    return _is_terminal() and _confirmed(f"{leftover.vm} {leftover.describe()}. Stop it?")
 
 
 def _is_terminal() -> bool:
     return sys.stdin.isatty()
 
 
+def _confirmed(question: str) -> bool:
+    """Ask on the terminal; Ctrl-C and the end of the input are no yes."""
+    try:
+        return click.confirm(question, err=True)
+    except click.Abort:
+        click.echo(err=True)
+        return False
+
+
 def _as_root() -> None:
     if os.geteuid() != 0:
-        raise MicrovmHostError("this needs root", hint=f"sudo microvm {' '.join(sys.argv[1:])}")
+        raise MicrovmHostError(_sudo())
 
 
 def _existing(vm: str) -> None:
-    if not os.path.isdir(HOST.vm(vm)):
-        raise MicrovmHostError(
-            f"there is no microVM {vm}", path=HOST.vm(vm), hint="`microvm list` lists them"
-        )
+    listing.require(vm, HOST)
     if state.pointed_to(HOST.current(vm)) is None and not os.access(HOST.vm(vm), os.X_OK):
-        raise MicrovmHostError("cannot be read", path=HOST.vm(vm), hint="try as root")
+        raise MicrovmHostError("cannot be read", path=HOST.vm(vm), hint=_sudo())
+
+
+def _sudo() -> str:
+    return f"this needs root: sudo microvm {shlex.join(sys.argv[1:])}"

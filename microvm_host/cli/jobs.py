@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 
-from .. import names, systemd, vsock
+from .. import listing, names, systemd, vsock
 from ..errors import EXIT_CONFIG, MicrovmHostError, PackageError
 
 TYPE_CHECKING = False
@@ -73,6 +73,14 @@ def run(verb: str, vms: Sequence[str]) -> None:
                 progress.show(time.monotonic() - began)
         if verb == "stop" and job.returncode == 0:
             _wait_until_undone(vms, progress, began)
+    except KeyboardInterrupt:
+        job.wait()
+        error = MicrovmHostError(
+            f"interrupted; systemd goes on {_DOING[verb]} {', '.join(vms)}",
+            hint=f"`microvm status {vms[0]}` shows how far it is",
+        )
+        error.exit_code = 130
+        raise error from None
     finally:
         progress.clear()
     # A stop that ended in force is a stop to systemctl; the unit has it as a failure.
@@ -82,6 +90,18 @@ def run(verb: str, vms: Sequence[str]) -> None:
         raise kind(
             f"could not {verb} {', '.join(vms)}", hint=f"`microvm status {vms[0]}` shows more"
         )
+
+
+def select(verb: str, patterns: Sequence[str], host: HostPaths) -> list[str]:
+    """The VMs that names and globs stand for; raises MicrovmHostError for one that is not there.
+
+    A VM whose directory somebody deleted under it can still be stopped.
+    """
+    gone = [vm for vm in patterns if not listing.is_glob(vm) and not os.path.isdir(host.vm(vm))]
+    running = _units(verb, gone)[1] if gone and verb == "stop" else []
+    there = [vm for vm in patterns if vm not in gone or names.unit(vm) not in running]
+    chosen = listing.select(there, host, declared_too=True)
+    return [*dict.fromkeys([*chosen, *(vm for vm in patterns if vm not in there)])]
 
 
 def _units(verb: str, vms: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -108,7 +128,7 @@ def is_wrong_package(vms: Sequence[str]) -> bool:
 def _wait_until_undone(vms: Sequence[str], progress: _Progress, began: float) -> None:
     # systemd is done with the stop when the hypervisor has ended; what was set up for it is
     # undone after that.
-    units = [unit for vm in vms for unit in names.set_up_units(vm)]
+    units = [unit for vm in vms for unit in (names.unit(vm), *names.set_up_units(vm))]
     deadline = time.monotonic() + _GONE_WITHIN
     while time.monotonic() < deadline:
         if not {"active", "activating", "deactivating"} & set(systemd.states(*units).values()):
@@ -166,7 +186,14 @@ def run_in_foreground(vm: str, host: HostPaths) -> NoReturn:
         check=True,
     ).stdout
     found = dict(line.split("=", 1) for line in shown.splitlines())
-    if found["ActiveState"] not in ("inactive", "failed"):
+    # systemd refuses to start what is being stopped.
+    if found["ActiveState"] in ("inactive", "failed", "deactivating"):
+        progress = _Progress(f"waiting for the stop of {vm}")
+        try:
+            _wait_until_undone([vm], progress, time.monotonic())
+        finally:
+            progress.clear()
+    else:
         raise MicrovmHostError(
             f"microVM {vm} is {found['ActiveState']} already", hint=f"microvm stop {vm}"
         )
@@ -203,6 +230,11 @@ def run_in_foreground(vm: str, host: HostPaths) -> NoReturn:
     argv.append(f"--unit={names.foreground_unit(vm)}")
     argv += [f"--property={key}={value}" for key, value in properties.items() if value]
     argv += [f"--property={setting}" for setting in CONFINEMENT]
+    sys.stderr.write(
+        f"[microvm: {vm} runs on this terminal until its guest powers off; "
+        f"`microvm stop {vm}` on another one shuts it down]\n"
+    )
+    sys.stderr.flush()
     _become([*argv, helper, "start", vm])
 
 

@@ -321,7 +321,16 @@ LISTING = (
     | {"time"}
 )
 HELP = ours(
-    *("cli", "cli.classic", "cli.commands", "cli.entry", "cli.later", "errors", "frozen"),
+    *(
+        "cli",
+        "cli.classic",
+        "cli.commands",
+        "cli.entry",
+        "cli.group",
+        "cli.later",
+        "errors",
+        "frozen",
+    ),
     *("interpreter", "names", "paths", "source"),
 )
 COSTLY = {"re", "dataclasses", "subprocess", "json", "typing", "inspect", "enum", "signal"} | {

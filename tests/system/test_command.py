@@ -75,7 +75,9 @@ def test_the_listing_needs_no_root_and_no_terminal(toolkit: Toolkit, vm: str) ->
         (["start"], 2, "Missing argument"),
         (["start", "a/b"], 2, "cannot be the name of a VM"),
         (["start", "../x"], 2, "cannot be the name of a VM"),
-        (["start", "no-such"], 78, "there is no microVM no-such"),
+        (["start", "no-such"], 1, "there is no microVM no-such"),
+        (["stop", "no-such"], 1, "there is no microVM no-such"),
+        (["stop", "no-such*"], 1, "no microVM matches 'no-such*'"),
         (["status", "no-such"], 1, "there is no microVM no-such"),
         (["create", "new", "--runner", "/no/where"], 78, "/no/where: no runner package"),
         (["create", "new", "--runner", "/etc"], 78, "has no bin/microvm-run"),
@@ -88,7 +90,61 @@ def test_wrong_use(toolkit: Toolkit, words: list[str], code: int, complaint: str
     assert (done.returncode, complaint in done.stderr) == (code, True), done.stderr
     assert "Traceback" not in done.stderr
     assert not toolkit.host.exists("/var/lib/microvms/new")
-    toolkit.systemctl("reset-failed")
+    assert toolkit.systemctl("is-system-running", check=False) == "running\n"
+
+
+def test_a_vm_that_does_not_exist_leaves_nothing_behind(toolkit: Toolkit) -> None:
+    """By systemctl, too: the start fails and says why, and no unit is failed or up after it."""
+    before = toolkit.footprint()
+    done = toolkit.host.run(["systemctl", "start", "microvm@no-such"], check=False)
+    assert (done.returncode, "Assertion failed" in done.stderr) == (1, True), done.stderr
+    assert toolkit.systemctl("is-system-running", check=False) == "running\n"
+    toolkit.await_footprint(before)
+    # One that was there, and is enabled still.
+    toolkit.systemctl("enable", "microvm@no-such")
+    try:
+        toolkit.systemctl("start", "microvms.target")
+        eventually(
+            lambda: toolkit.systemctl("list-jobs", "--no-legend", "microvm*"),
+            lambda jobs: "no-such" not in jobs,
+            60,
+            "does not end",
+        )
+        assert toolkit.systemctl("is-system-running", check=False) == "running\n"
+    finally:
+        toolkit.systemctl("disable", "microvm@no-such")
+    toolkit.await_footprint(before)
+
+
+def test_the_table(toolkit: Toolkit, vm: str) -> None:
+    toolkit.create(Stub(name=vm))
+    toolkit.host.run(["microvm", "start", vm])
+    head, row = toolkit.sh(f"microvm list '{vm[:2]}*'").splitlines()
+    assert head.split()[:6] == ["NAME", "STATE", "SINCE", "VERSION", "ADDRESS", "MEMORY"]
+    words = row.split()
+    assert (words[:2], words[3:5]) == ([vm, "running"], ["ago", vm])
+    (found,) = json.loads(toolkit.sh(f"microvm list --json {vm}"))
+    now = int(toolkit.sh("date +%s"))
+    assert now - 60 < found["since"] <= now
+    # After a stop a run in the foreground waits until that is done.
+    toolkit.host.spawn(["systemctl", "stop", "--no-block", f"microvm@{vm}"]).wait(60)
+    running = toolkit.host.spawn(["microvm", "run", vm])
+    try:
+        eventually(
+            lambda: toolkit.property(f"microvm-foreground-{vm}", "ActiveState"),
+            lambda state: state == "active",
+            60,
+            "does not run",
+        )
+        toolkit.host.run(["microvm", "stop", vm])
+        _, errors = running.communicate(timeout=60)
+    finally:
+        running.kill()
+    # Not "Transaction … is destructive", as while it was being stopped.
+    assert errors.startswith(
+        f"[microvm: {vm} runs on this terminal until its guest powers off; "
+        f"`microvm stop {vm}` on another one shuts it down]\n"
+    )
 
 
 def test_only_root_creates(toolkit: Toolkit, vm: str) -> None:

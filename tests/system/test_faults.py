@@ -230,7 +230,7 @@ def test_what_cannot_be_set_up_after_a_crash_is_given_up(toolkit: Toolkit, vm: s
     assert "/srv/gone" in last
     assert last.endswith(f"when it is mended: systemctl start {unit}.service")
     assert last in toolkit.status(vm)
-    assert f"{vm}: current({vm}), failed" in toolkit.sh(f"microvm list {vm}")
+    assert f"{vm}: current({vm}), failed" in toolkit.sh(f"microvm -l {vm}")
     leaves_nothing(toolkit, before, "a VM that was given up")
     toolkit.sh("mkdir /srv/gone")
     toolkit.systemctl("start", unit)
@@ -252,7 +252,7 @@ def test_an_administrator_is_heeded_while_a_vm_waits_to_be_set_up(
             20,
             "it does not wait",
         )
-        assert toolkit.sh(f"microvm list {vm}") == f"{vm}: current({vm}), activating\n"
+        assert toolkit.sh(f"microvm -l {vm}") == f"{vm}: current({vm}), activating\n"
         # What belongs to it is none of anybody's leftovers.
         assert vm not in toolkit.sh("microvm reconcile", check=False)
         toolkit.sh("mkdir /srv/gone")
@@ -591,7 +591,7 @@ def test_virtiofsd_is_killed_under_load(toolkit: Toolkit, vm: str) -> None:
         eventually(lambda: toolkit.host.exists("/srv/load/log"), bool, 60, "there is no load")
         toolkit.systemctl("kill", "-s", "KILL", f"microvm-virtiofsd-{vm}-data.service")
         eventually(
-            lambda: toolkit.sh(f"microvm list {vm}"),
+            lambda: toolkit.sh(f"microvm -l {vm}"),
             lambda text: "lost share data" in text,
             60,
             "it is not told of",
@@ -694,7 +694,7 @@ def test_the_bus_is_gone(toolkit: Toolkit, vm: str) -> None:
             "systemctl stop dbus.socket dbus.service; ! busctl list 2>/dev/null"
         )
         is_whole(toolkit, vm)
-        assert f"{vm}: current({vm})" in toolkit.sh(f"microvm list {vm}")
+        assert f"{vm}: current({vm})" in toolkit.sh(f"microvm -l {vm}")
         toolkit.host.run(["microvm", "stop", vm])
         assert toolkit.property(f"microvm@{vm}", "Result") == "success"
         leaves_nothing(toolkit, before, "a stop without the bus")

@@ -69,7 +69,7 @@ def test_a_deaf_guest_is_ended_by_sigterm_and_that_is_a_failure(toolkit: Toolkit
     assert f"GUEST {vm}: powering off" not in lines
     assert (result, 4 <= seconds < 30) == ("exit-code", True), seconds
     assert toolkit.property(f"microvm@{vm}", "ActiveState") == "failed"
-    assert f"{vm}: current({vm}), failed" in toolkit.sh(f"microvm list {vm}")
+    assert f"{vm}: current({vm}), failed" in toolkit.sh(f"microvm -l {vm}")
 
 
 def test_a_guest_that_is_stopped_is_said_to_be(toolkit: Toolkit, vm: str) -> None:
@@ -319,7 +319,7 @@ def test_a_virtiofsd_that_dies_is_told_of_and_not_started_for_ever(
     )
     start(toolkit, vm)
     listed = f"{vm}: current({vm})\n"
-    assert toolkit.sh(f"microvm list {vm}") == listed
+    assert toolkit.sh(f"microvm -l {vm}") == listed
     unit = toolkit.sh(
         f"systemctl list-units --plain --no-legend 'microvm-virtiofsd-{vm}-home*.service' | "
         "cut -d' ' -f1"
@@ -329,7 +329,7 @@ def test_a_virtiofsd_that_dies_is_told_of_and_not_started_for_ever(
     text = next(line for line in lines if "has ended under" in line)
     assert "(killed KILL)" in text
     assert text.endswith(f"then systemctl restart microvm@{vm}.service")
-    assert toolkit.sh(f"microvm list {vm}") == (
+    assert toolkit.sh(f"microvm -l {vm}") == (
         f"{vm}: current({vm}), lost share home/a-b: systemctl restart microvm@{vm}.service\n"
     )
     shown = toolkit.host.run(["microvm", "status", vm], check=False).stdout
@@ -349,7 +349,7 @@ def test_a_virtiofsd_that_dies_is_told_of_and_not_started_for_ever(
         60,
         "the share is not back",
     )
-    assert toolkit.sh(f"microvm list {vm}") == listed
+    assert toolkit.sh(f"microvm -l {vm}") == listed
 
 
 # ---- the host shuts down

@@ -29,7 +29,7 @@ def await_loss(toolkit: Toolkit, vm: str, *tags: str) -> None:
     """Wait until the VM's journal and its status tell of these shares, and of no others."""
     for tag in tags:
         toolkit.await_line(vm, f"virtiofsd of share {tag} {LOST}")
-    (listed,) = toolkit.sh(f"microvm list {vm}").splitlines()
+    (listed,) = toolkit.sh(f"microvm -l {vm}").splitlines()
     head, _, rest = listed.partition(", lost share ")
     told, _, command = rest.partition(": ")
     assert sorted(told.split(", ")) == sorted(tags), listed
@@ -60,7 +60,7 @@ def test_a_virtiofsd_that_ends_in_order(toolkit: Toolkit, vm: str) -> None:
         assert ended == "success"
         assert toolkit.property(f"microvm@{vm}", "ActiveState") == "active"
         toolkit.systemctl("restart", f"microvm@{vm}")
-    assert toolkit.sh(f"microvm list {vm}") == f"{vm}: current({vm})\n"
+    assert toolkit.sh(f"microvm -l {vm}") == f"{vm}: current({vm})\n"
     lines = len(toolkit.journal(vm))
     with connected(toolkit, vm, "told", "kept") as clients:
         toolkit.systemctl("stop", "--no-block", f"microvm@{vm}")
@@ -93,7 +93,7 @@ def test_a_share_is_lost_while_the_guest_is_waited_for(toolkit: Toolkit, vm: str
         toolkit.systemctl("kill", "-s", "KILL", f"microvm-virtiofsd-{vm}-data.service")
         toolkit.await_line(vm, f"virtiofsd of share data {LOST}")
     assert toolkit.property(f"microvm@{vm}", "ActiveState") == "activating"
-    assert ", lost share data" in toolkit.sh(f"microvm list {vm}")
+    assert ", lost share data" in toolkit.sh(f"microvm -l {vm}")
 
 
 def test_a_packages_own_virtiofsd_run(toolkit: Toolkit, vm: str) -> None:
@@ -109,7 +109,7 @@ def test_a_packages_own_virtiofsd_run(toolkit: Toolkit, vm: str) -> None:
     before = toolkit.footprint()
     unit, listed = f"microvm-virtiofsd-{vm}.service", f"{vm}: current({vm})\n"
     toolkit.systemctl("start", f"microvm@{vm}")
-    assert toolkit.sh(f"microvm list {vm}") == listed
+    assert toolkit.sh(f"microvm -l {vm}") == listed
     toolkit.sh("pkill -KILL -f 'shared-dir=/srv/[o]ne'")
     await_loss(toolkit, vm, "one")
     assert toolkit.property(unit, "ActiveState") == "active"
@@ -118,7 +118,7 @@ def test_a_packages_own_virtiofsd_run(toolkit: Toolkit, vm: str) -> None:
 
     lines = len(toolkit.journal(vm))
     toolkit.systemctl("restart", f"microvm@{vm}")
-    assert toolkit.sh(f"microvm list {vm}") == listed
+    assert toolkit.sh(f"microvm -l {vm}") == listed
     tells_nothing(toolkit, vm, lines)
     # By which it ends in order.
     toolkit.systemctl("kill", "-s", "TERM", "--kill-who=main", unit)

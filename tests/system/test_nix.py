@@ -64,7 +64,7 @@ def test_create_and_update_from_a_flake(nix: Toolkit, vm: str) -> None:
     nix.sh("nix-collect-garbage 2>&1", timeout=120)
     assert nix.host.exists(f"{first}/bin/microvm-run")
     nix.host.run(["microvm", "start", vm])
-    assert nix.sh(f"microvm list {vm}") == f"{vm}: current(24.05)\n"
+    assert nix.sh(f"microvm -l {vm}") == f"{vm}: current(24.05)\n"
 
     # What does not build, or builds to something else, leaves what there is.
     for more in ("exit 1", "rm $out/bin/microvm-run"):
@@ -76,17 +76,17 @@ def test_create_and_update_from_a_flake(nix: Toolkit, vm: str) -> None:
 
     write_flake(nix, vm, "25.05")
     # The plain listing starts no nix and so knows nothing of it; --check asks.
-    assert nix.sh(f"microvm list {vm}") == f"{vm}: current(24.05)\n"
-    assert "outdated" in nix.sh(f"microvm list --check {vm} 2>/dev/null", timeout=120)
+    assert nix.sh(f"microvm -l {vm}") == f"{vm}: current(24.05)\n"
+    assert "outdated" in nix.sh(f"microvm -l --check {vm} 2>/dev/null", timeout=120)
     nix.host.run(["microvm", "update", vm], timeout=120)
-    assert nix.sh(f"microvm list {vm}") == (
+    assert nix.sh(f"microvm -l {vm}") == (
         f"{vm}: stale(24.05), reboot(25.05): systemctl restart microvm@{vm}.service\n"
     )
     # The running version is kept too, by its own root.
     nix.sh("nix-collect-garbage 2>&1", timeout=120)
     assert nix.host.exists(f"{first}/bin/microvm-run")
     nix.host.run(["microvm", "-Ru", vm], timeout=120)
-    assert nix.sh(f"microvm list {vm}") == f"{vm}: current(25.05)\n"
+    assert nix.sh(f"microvm -l {vm}") == f"{vm}: current(25.05)\n"
     nix.host.run(["microvm", "stop", vm])
     nix.host.run(["microvm", "remove", "-y", vm])
     assert nix.sh(f"ls {roots}").split() == []

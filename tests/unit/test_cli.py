@@ -46,6 +46,7 @@ def made_up_host(host: HostPaths, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commands, "HOST", host)
     monkeypatch.setenv("MICROVM_HOST_ROOT", host.root)
     monkeypatch.setattr(systemd, "states", lambda *patterns: {"microvm@web.service": "active"})
+    monkeypatch.setattr(systemd, "show_all", lambda *asked: {})
     # Nothing of this machine is started, stopped or shown.
     monkeypatch.setenv("PATH", f"{host.root}/bin")
 
@@ -119,6 +120,9 @@ def test_version() -> None:
     ("arguments", "message"),
     [
         (["no-such"], "No such command"),
+        (["lits"], "No such command 'lits'. Did you mean `microvm list`?"),
+        (["shutdown", "web"], "Did you mean `microvm stop`?"),
+        (["enable", "web"], "Did you mean `systemctl enable microvm@NAME`?"),
         (["--no-such"], "No such option"),
         (["create"], "Missing argument"),
         (["start"], "Missing argument"),
@@ -143,11 +147,62 @@ def test_wrong_usage(capfd: pytest.CaptureFixture[str], arguments: list[str], me
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("command", ["status", "ssh", "logs", "list", "console", "balloon"])
-def test_vm_that_does_not_exist(capfd: pytest.CaptureFixture[str], command: str) -> None:
-    code, out, err = run(capfd, command, "none")
+def takes_a_vm() -> list[str]:
+    """The sub-commands that are about VMs which are there."""
+    makes_one = {"create", "init", "build"}
+    return [
+        name
+        for name, command in commands.microvm.commands.items()
+        if name not in makes_one
+        and any(each.human_readable_name in ("vm", "vms", "target") for each in command.params)
+    ]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="some ask for root first")
+@pytest.mark.parametrize("words", [*([name] for name in takes_a_vm()), ["rm"], ["pci", "check"]])
+def test_vm_that_does_not_exist(
+    capfd: pytest.CaptureFixture[str], words: list[str], host: HostPaths
+) -> None:
+    """Whatever is asked of it, the answer is the same, and systemd is asked for nothing."""
+    os.mkdir(host.vm("webb"))
+    rest = {"exec": ["true"], "rollback": [], "rm": ["-y"]}.get(words[0], [])
+    code, out, err = run(capfd, *words, "none", *rest)
+    assert (code, out) == (255 if words == ["exec"] else 1, "")
+    expected = "microvm: there is no microVM none; `microvm list` shows those that there are\n"
+    assert err == expected
+    code, _, err = run(capfd, *words, "web", *rest)
+    assert err == "microvm: there is no microVM web; did you mean webb?\n"
+
+
+@pytest.mark.parametrize("command", ["list", "status", "start", "stop", "restart", "update", "rm"])
+def test_glob_that_matches_nothing(capfd: pytest.CaptureFixture[str], command: str) -> None:
+    code, out, err = run(capfd, command, "x*")
     assert (code, out) == (1, "")
-    assert "there is no microVM none" in err
+    assert "no microVM matches 'x*'" in err or os.geteuid()
+
+
+def test_start_of_globs(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, host: HostPaths
+) -> None:
+    asked: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr(jobs, "run", lambda verb, vms: asked.append((verb, vms)))
+    for name in ("a1", "a2", "b1"):
+        os.mkdir(host.vm(name))
+    packages.put(Path(host.declarations), "a3.toml", "")
+    assert run(capfd, "start", "b1", "a*")[0] == 0
+    assert run(capfd, "stop", "a1", "a?")[0] == 0
+    assert asked == [("start", ["b1", "a1", "a2", "a3"]), ("stop", ["a1", "a2", "a3"])]
+
+
+def test_vm_whose_directory_is_gone_is_stopped_while_it_runs(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fixture's systemd says that microvm@web runs."""
+    asked: list[list[str]] = []
+    monkeypatch.setattr(jobs, "run", lambda verb, vms: asked.append(vms))
+    assert run(capfd, "stop", "web")[0] == 0
+    assert asked == [["web"]]
+    assert run(capfd, "start", "web")[0] == 1
 
 
 @pytest.mark.parametrize(
@@ -186,7 +241,7 @@ def test_exec_that_ran_nothing(capfd: pytest.CaptureFixture[str], web: Package) 
     """Not 1, which would be the command's own code."""
     code, out, err = run(capfd, "exec", "none", "false")
     assert (code, out) == (255, "")
-    assert "there is no microVM none" in err and "`microvm list` lists them" in err
+    assert "there is no microVM none" in err and "`microvm list` shows" in err
     code, _, err = run(capfd, "exec", "web", "false")
     assert code == 255
     assert "microVM web does not run" in err
@@ -223,9 +278,18 @@ def test_wrong_package(
 
 
 def test_list(capfd: pytest.CaptureFixture[str], web: Package) -> None:
-    assert run(capfd, "list") == (0, "web: current(web-1)\n", "")
-    assert run(capfd, "-l") == (0, "web: current(web-1)\n", "")
-    assert run(capfd, "list", "web") == (0, "web: current(web-1)\n", "")
+    table = (
+        "NAME  STATE    SINCE  VERSION  ADDRESS  MEMORY\n"
+        "web   running  -      web-1    -        -\n"
+    )
+    for words in (["list"], ["list", "web"], ["ls"], ["ps", "w*"]):
+        assert run(capfd, *words) == (0, table, "")
+    # By the flag, in the words of microvm.nix.
+    for words in (["-l"], ["-l", "web"], ["list", "--lines"], ["ls", "--lines", "*"]):
+        assert run(capfd, *words) == (0, "web: current(web-1)\n", "")
+    assert run(capfd, "status") == (0, f"1 microVM: 1 running\n{table}", "")
+    code, out, _ = run(capfd, "status", "--json")
+    assert (code, [row["name"] for row in json.loads(out)]) == (0, ["web"])
 
 
 def test_list_json(capfd: pytest.CaptureFixture[str], web: Package) -> None:
@@ -391,9 +455,9 @@ def test_check_of_a_declaration(
 
     monkeypatch.setattr(install, "would_be", would_be)
     monkeypatch.setattr(systemd, "states", lambda *units: {})
-    _, out, _ = run(capfd, "list")
+    _, out, _ = run(capfd, "-l")
     assert (asked, "outdated" in out) == ([], False)
-    _, out, _ = run(capfd, "list", "--check")
+    _, out, _ = run(capfd, "-l", "--check")
     assert asked == [("web", "/etc/microvms/web.toml")]
     assert ("outdated" in out) == bool(newer)
 
@@ -454,3 +518,41 @@ def test_what_nobody_thought_of_is_no_traceback(
     Path(host.state).write_text("a file")
     assert entry.main(["microvm", "list"]) == 1
     assert capfd.readouterr().err == f"microvm: {host.state}: Not a directory\n"
+
+
+@pytest.mark.parametrize("arguments", [["-l"], ["list"], ["list", "--json"], ["--help"]])
+def test_output_that_cannot_be_written(
+    arguments: list[str], host: HostPaths, web: Package, root: Path
+) -> None:
+    packages.program(root, "bin/systemctl", "#!/bin/sh\nexit 0\n")
+    code = (
+        f"import sys; sys.path[:0] = [{str(REPOSITORY)!r}, "
+        f"{str(Path(click.__file__).parents[1])!r}]\n"
+        "from microvm_host.cli.entry import main\n"
+        f"sys.exit(main(['microvm', *{arguments!r}]))"
+    )
+    argv = [sys.executable, "-B", "-I", "-S", "-c", code]
+    environment = {"PATH": f"{root}/bin", "MICROVM_HOST_ROOT": host.root}
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(argv, env=environment, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.stderr == "microvm: standard output: No space left on device\n"
+    assert done.returncode == 1
+    # Nobody reads any more.
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(argv, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+    # None at all: the next file that is opened is not taken for it.
+    closed = ["/bin/sh", "-c", 'exec "$@" >&-', "sh", *argv]
+    done = subprocess.run(closed, env=environment, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_help_is_not_cut(capfd: pytest.CaptureFixture[str]) -> None:
+    """Each sub-command has a first sentence that fits into a line of a terminal."""
+    code, out, _ = run(capfd, "--help")
+    lines = out[out.index("Commands:") :].splitlines()
+    assert code == 0
+    assert [line for line in lines if "..." in line or "…" in line] == []
+    assert len([line for line in lines if line.endswith(".")]) >= len(COMMANDS)

@@ -36,6 +36,12 @@ def host(tmp_path: Path) -> Path:
             else:
                 (directory / file).touch()
     (tmp_path / "var/lib/microvms/file").touch()
+    (tmp_path / "var/lib/microvm-host/packages").mkdir(parents=True)
+    for vm, digits in (("up", "123"), ("re-up", "4")):
+        for digit in digits:
+            (tmp_path / f"var/lib/microvm-host/packages/{digit * 32}-{vm}").mkdir()
+    current = tmp_path / "var/lib/microvms/up/current"
+    current.symlink_to(tmp_path / f"var/lib/microvm-host/packages/{'1' * 32}-up")
     (tmp_path / "etc/microvms").mkdir(parents=True)
     (tmp_path / "etc/microvms/declared.toml").touch()
     return tmp_path
@@ -105,7 +111,16 @@ def test_offers_the_options_that_click_knows(name: str) -> None:
         ("microvm remove -y d", "down"),
         # Those that stand there are not offered again, and some commands take one alone.
         ("microvm start down ", "by-hand declared"),
-        ("microvm status up ", ""),
+        ("microvm status up ", "a:b by-hand declared down"),
+        ("microvm show up ", ""),
+        ("microvm ls ", "a:b by-hand declared down up"),
+        ("microvm rm ", "by-hand down"),
+        # Packages that the VM had, but for the current one.
+        ("microvm rollback up ", "222222222222 333333333333"),
+        ("microvm rollback up 2", "222222222222"),
+        ("microvm rollback up 2222 ", ""),
+        ("microvm rollback -R up 3", "333333333333"),
+        ("microvm rollback a:b ", ""),
         ("microvm create ", ""),
         ("microvm apply ", ""),
         ("microvm ssh up l", ""),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,21 @@ ACTIVE = {
     "microvm-virtiofsd-lost-data.service": "failed",
 }
 
+NOW = 1_000_000
+DETAILS = {
+    "microvm@current.service": {"StateChangeTimestamp": f"@{NOW - 59}", "MemoryCurrent": "1048576"},
+    # No times and numbers: none, and the largest that there is.
+    "microvm@stale.service": {
+        "StateChangeTimestamp": "",
+        "MemoryCurrent": "18446744073709551615",
+    },
+    "microvm@failed.service": {
+        "StateChangeTimestamp": f"@{NOW - 90000}",
+        "MemoryCurrent": "[not set]",
+    },
+    "microvm-foreground-foreground.service": {"StateChangeTimestamp": f"@{NOW - 7200}"},
+}
+
 
 class Scene:
     """VMs in a made-up state directory."""
@@ -62,6 +78,7 @@ class Scene:
 @pytest.fixture
 def scene(host: HostPaths, monkeypatch: pytest.MonkeyPatch) -> Scene:
     monkeypatch.setattr(systemd, "states", lambda *patterns: ACTIVE)
+    monkeypatch.setattr(systemd, "show_all", lambda *asked: DETAILS)
     monkeypatch.setattr(source, "_is_roots_file", lambda status: True)
     monkeypatch.setattr(state, "_is_roots", lambda status: True)
     scene = Scene(host)
@@ -97,6 +114,12 @@ def scene(host: HostPaths, monkeypatch: pytest.MonkeyPatch) -> Scene:
     scene.vm("gone", "/nonexistent/package", one)
     scene.vm("empty", None)
     scene.vm("hostile", scene.package("hostile", "/x/\x1b[31mred\nline"), one)
+    # Made by declarations, one of which is gone.
+    for name in ("declared", "undeclared"):
+        scene.vm(name, scene.package("0123456789abcdef0123456789abcdef-web"), None)
+        Path(host.vm(name), "declared").write_text("")
+    Path(host.declarations).mkdir(parents=True)
+    Path(host.declaration("declared")).write_text("")
     # No VMs: a file, a name that none can have, a hidden directory.
     Path(host.vm("a-file")).write_text("")
     os.mkdir(host.vm("not a name"))
@@ -129,9 +152,66 @@ def test_only_some_in_their_order(scene: Scene) -> None:
 
 
 def test_one_that_is_not_there(scene: Scene) -> None:
-    with pytest.raises(MicrovmHostError, match="there is no microVM none") as caught:
-        listing.rows(scene.host, ("current", "none"))
-    assert caught.value.path == scene.host.vm("none")
+    with pytest.raises(MicrovmHostError, match="there is no microVM zzz") as caught:
+        listing.rows(scene.host, ("current", "zzz"))
+    assert "`microvm list` shows" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("curent", "did you mean current?"),
+        ("Stale", "did you mean stale?"),
+        ("source_gone", "did you mean source-gone?"),
+        ("later", "did you mean laterr?"),
+        ("zzz", "`microvm list` shows those that there are"),
+    ],
+)
+def test_one_that_was_meant(scene: Scene, name: str, hint: str) -> None:
+    Path(scene.host.declaration("laterr")).write_text("")
+    with pytest.raises(MicrovmHostError, match=f"there is no microVM {name}") as caught:
+        listing.require(name, scene.host)
+    assert caught.value.hint == hint
+
+
+def test_one_that_is_declared_alone(scene: Scene) -> None:
+    Path(scene.host.declaration("new")).write_text("")
+    listing.require("new", scene.host, declared_will_do=True)
+    with pytest.raises(MicrovmHostError, match="declared, but not installed yet"):
+        listing.require("new", scene.host)
+
+
+def test_globs(scene: Scene) -> None:
+    Path(scene.host.declaration("stale-new")).write_text("")
+    host = scene.host
+    assert listing.select(["stale*"], host) == ["stale", "stale-system"]
+    assert listing.select(["stale*"], host, declared_too=True) == [
+        "stale",
+        "stale-new",
+        "stale-system",
+    ]
+    # Each once, names and globs in their order; a file and what no VM can be called are none.
+    assert listing.select(["down", "d*n", "?own", "a*", "[.n]*"][:3], host) == ["down"]
+    for pattern in ("a-f*", "*name", ".h*", "x?"):
+        with pytest.raises(MicrovmHostError, match="no microVM matches"):
+            listing.select([pattern], host)
+
+
+def test_table_is_the_golden_one(scene: Scene) -> None:
+    rows = listing.rows(scene.host, details=True)
+    lines = table.table(rows, NOW, None)
+    found = "".join(f"{line}\n" for line in lines).replace(scene.host.root, "@ROOT@")
+    golden.compare("listing-table.txt", re.sub(r" +\n", "\n", found))
+    # On a terminal no line is longer than that.
+    assert all(len(line) <= 60 for line in table.table(rows, NOW, 60))
+
+
+def test_table_without_notes_has_no_such_column(scene: Scene) -> None:
+    rows = listing.rows(scene.host, ("current",), details=True)
+    assert table.table(rows, NOW, None) == [
+        "NAME     STATE    SINCE    VERSION   ADDRESS  MEMORY",
+        "current  running  59s ago  runner-1  -        1 MB",
+    ]
 
 
 def test_no_state_directory(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +290,7 @@ def test_paint(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_colour_but_on_a_terminal(scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
-    table.show_list(scene.host)
+    table.show_list(scene.host, as_lines=True)
     out = capsys.readouterr().out
     assert "\033" not in out
     golden.compare("listing.txt", out.replace(scene.host.root, "@ROOT@"))
@@ -220,6 +300,7 @@ def test_nothing_to_list(
     host: HostPaths, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(systemd, "states", lambda *patterns: {})
+    monkeypatch.setattr(systemd, "show_all", lambda *asked: {})
     table.show_list(host)
     found = capsys.readouterr()
     assert found.out == ""
