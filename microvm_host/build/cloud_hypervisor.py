@@ -26,8 +26,10 @@ _CANNOT: limits.Cannot = {
 # Versions 30 to 35 had another command line, in which an option took one value at a time.
 _OLDEST = (36, 0)
 _BZIMAGE_SINCE = (39, 0)
-# From then on it warns where an image's type is not told, and later refuses to write to it.
-_IMAGE_TYPE_SINCE = (52, 0)
+# From then on it refuses writes to the first sector of an image whose type is not told.
+_IMAGE_TYPE_SINCE = (50, 1)
+# CMDLINE_MAX_SIZE of its arch/src/x86_64/layout.rs, with the final NUL.
+_COMMAND_LINE_MAX = 0xFFFF
 # Before that, an x2APIC of one byte.
 _VCPU_MAX, _MANY_CPUS_SINCE = 254, (48, 0)
 # virtio-mem's alignment there, in MB (virtio-devices/src/mem.rs).
@@ -191,7 +193,9 @@ def _arguments(
 def _memory(guest: Guest) -> str:
     # vhost-user: virtiofsd maps the guest's memory.
     shared = "on" if guest.virtiofs else "off"
-    options = [f"size={guest.mem}M", "mergeable=on", f"shared={shared}"]
+    # The kernel merges no shared pages; from version 52 on both together are refused.
+    mergeable = "off" if guest.virtiofs else "on"
+    options = [f"size={guest.mem}M", f"mergeable={mergeable}", f"shared={shared}"]
     if guest.hotplug_mem:
         options += ["hotplug_method=virtio-mem", f"hotplug_size={guest.hotplug_mem}M"]
         # Nothing is not a size there.

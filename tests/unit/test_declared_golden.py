@@ -43,6 +43,8 @@ OLD_VERSIONS = {
     "cloud-hypervisor-38": (38, 0),
     "cloud-hypervisor-38-bzimage": (38, 0),
     "cloud-hypervisor-47-cpus": (47, 0),
+    "cloud-hypervisor-50.0-disk": (50, 0),
+    "cloud-hypervisor-50.1-disk": (50, 1),
     "firecracker-mmio": (1, 12),
 }
 
