@@ -7,7 +7,7 @@ It has no control socket: nothing can ask its guest to shut down, or take memory
 from __future__ import annotations
 
 from ..paths import MICROVM_RUN
-from . import kernels, limits, macvtaps, payload, scripts, seed
+from . import command_line, kernels, limits, macvtaps, payload, scripts, seed
 from .facts import facts, notify_socket, notify_word
 from .limits import plain
 from .refused import Refused
@@ -52,7 +52,7 @@ def build(guest: Guest, tools: Tools) -> Tree:
         scripts.run(
             guest,
             tools,
-            [path, "boot", *_arguments(guest, kind)],
+            [path, "boot", *_arguments(guest, tools, kind)],
             looks=[macvtaps.numbers(guest)],
         ),
         0o755,
@@ -60,7 +60,7 @@ def build(guest: Guest, tools: Tools) -> Tree:
     return Tree.of(entries)
 
 
-def _arguments(guest: Guest, kind: str) -> Iterator[Word | str]:
+def _arguments(guest: Guest, tools: Tools, kind: str) -> Iterator[Word | str]:
     yield from ("--memory", f"size={guest.mem}M,backend=memfd")
     yield from ("--cpu", f"count={guest.vcpu}")
     yield from ("--pvh" if kind == kernels.PVH else "--kernel", payload.KERNEL)
@@ -69,7 +69,7 @@ def _arguments(guest: Guest, kind: str) -> Iterator[Word | str]:
     words = ["console=ttyS0", "reboot=k", "panic=1", *guest.kernel_params]
     if guest.readiness == "guest" and guest.vsock_cid is not None:
         words.append(notify_word(notify_socket(guest.vsock_cid)))
-    yield from ("--cmdline", " ".join(words))
+    yield from ("--cmdline", command_line.joined(guest, tools, words))
     yield "--entropy"
     for number, volume in enumerate(seed.disks(guest)):
         image = _file(guest, ("volumes", number, "image"), volume.image)

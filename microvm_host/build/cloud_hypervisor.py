@@ -4,7 +4,19 @@
 from __future__ import annotations
 
 from ..paths import MICROVM_BALLOON, MICROVM_RUN, MICROVM_SHUTDOWN, PCI_DEVICES
-from . import inside, kernels, limits, macvtaps, once, payload, programs, scripts, seed, shell
+from . import (
+    command_line,
+    inside,
+    kernels,
+    limits,
+    macvtaps,
+    once,
+    payload,
+    programs,
+    scripts,
+    seed,
+    shell,
+)
 from .facts import OWN_NOTIFY_SOCKET, OWN_VSOCK, facts
 from .limits import plain
 from .refused import Refused
@@ -171,7 +183,8 @@ def _arguments(
     is_seen = _extra(guest, "--serial", _TTY) not in _NOT_SEEN
     console = ["earlyprintk=ttyS0", "console=ttyS0"] if is_seen else []
     words = [*console, "reboot=t", "panic=-1", *guest.kernel_params]
-    yield from ("--cmdline", " ".join(words))
+    line = command_line.joined(guest, tools, words, own_max=_COMMAND_LINE_MAX)
+    yield from ("--cmdline", line)
     yield from ("--serial", _TTY, "--console", "off", "--seccomp", "true", "--watchdog")
     if guest.balloon:
         deflates = "on" if guest.deflate_on_oom else "off"

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from ..paths import MICROVM_BALLOON, MICROVM_RUN, MICROVM_SHUTDOWN, PCI_DEVICES
-from . import inside, kernels, limits, macvtaps, once, payload, scripts, seed, shell
+from . import command_line, inside, kernels, limits, macvtaps, once, payload, scripts, seed, shell
 from .facts import facts, notify_socket, notify_word
 from .limits import plain
 from .tools import hypervisor
@@ -33,6 +33,8 @@ _REPEATED = (
 # What ends a value or quotes one (serde_keyvalue), and what parts a shared directory's.
 _SPECIAL = ",\"'[]"
 _SHARED = ":"
+# What it adds to the kernel's command line (x86_64/src/lib.rs, arch/src/serial.rs).
+_ADDED = len("pci=noacpi reboot=k panic=-1 acpi=noirq console=ttyS0 ")
 
 
 def build(guest: Guest, tools: Tools) -> Tree:
@@ -52,7 +54,7 @@ def build(guest: Guest, tools: Tools) -> Tree:
             tools,
             [
                 *(path, "run"),
-                *once.merged(guest, _arguments(guest, root, taps), repeated=_REPEATED),
+                *once.merged(guest, _arguments(guest, tools, root, taps), repeated=_REPEATED),
                 payload.KERNEL,
             ],
             last=[
@@ -85,13 +87,15 @@ def build(guest: Guest, tools: Tools) -> Tree:
     return Tree.of(entries)
 
 
-def _arguments(guest: Guest, root: str, taps: dict[str, tuple[int, ...]]) -> Iterator[Word | str]:
+def _arguments(
+    guest: Guest, tools: Tools, root: str, taps: dict[str, tuple[int, ...]]
+) -> Iterator[Word | str]:
     if guest.socket is not None:
         yield from ("--socket", guest.socket)
     yield from ("--cpus", str(guest.vcpu), "--mem", str(guest.mem))
     yield from ("--serial", "type=stdout,hardware=serial,num=1,console=true,stdin=true")
     yield from ("--pivot-root", root)
-    yield from ("--params", _parameters(guest))
+    yield from ("--params", _parameters(guest, tools))
     if guest.initrd is not None:
         yield from ("--initrd", payload.INITRD)
     if not guest.balloon:
@@ -133,11 +137,11 @@ def _arguments(guest: Guest, root: str, taps: dict[str, tuple[int, ...]]) -> Ite
         yield from ("--vsock", f"cid={guest.vsock_cid}")
 
 
-def _parameters(guest: Guest) -> str:
+def _parameters(guest: Guest, tools: Tools) -> str:
     words = ["console=ttyS0", "reboot=k", "panic=1", *guest.kernel_params]
     if guest.readiness == "guest" and guest.vsock_cid is not None:
         words.append(notify_word(notify_socket(guest.vsock_cid)))
-    return " ".join(words)
+    return command_line.joined(guest, tools, words, added=_ADDED)
 
 
 def _truth(value: bool) -> str:

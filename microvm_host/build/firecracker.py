@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 
 from ..paths import MICROVM_BALLOON, MICROVM_RUN, MICROVM_SHUTDOWN, OPENED
-from . import inside, kernels, limits, once, payload, programs, scripts, seed, shell
+from . import command_line, inside, kernels, limits, once, payload, programs, scripts, seed, shell
 from .facts import OWN_NOTIFY_SOCKET, OWN_VSOCK, facts, notify_word
 from .refused import Refused
 from .shell import PACKAGE_VARIABLE, word
@@ -65,7 +65,7 @@ def build(guest: Guest, tools: Tools) -> Tree:
         guest, tools, multi_queue=False, control=(socket, "firecracker"), has_own_vsock=True
     )
     entries |= payload.files(guest, tools)
-    text = json.dumps(_configuration(guest), indent=2, ensure_ascii=False)
+    text = json.dumps(_configuration(guest, tools), indent=2, ensure_ascii=False)
     entries[_CONFIGURATION] = File(f"{text}\n".encode())
     vsock = [OWN_VSOCK] if guest.vsock_cid is not None else []
     opened = [f'exec {_KERNEL}<"$package"/lib/kernel']
@@ -103,11 +103,18 @@ def build(guest: Guest, tools: Tools) -> Tree:
     return Tree.of(entries)
 
 
-def _configuration(guest: Guest) -> dict[str, Any]:
+def _configuration(guest: Guest, tools: Tools) -> dict[str, Any]:
     words = [*_CONSOLE, *guest.kernel_params]
     if guest.readiness == "guest":
         words.append(notify_word(OWN_NOTIFY_SOCKET))
-    source = {"kernel_image_path": f"{OPENED}/{_KERNEL}", "boot_args": " ".join(words)}
+    added = 0
+    if tools.program_version < _PCI_SINCE:
+        # Beside these: random numbers, the balloon, the vsock.
+        count = len(seed.disks(guest)) + len(guest.interfaces)
+        count += 1 + guest.balloon + (guest.vsock_cid is not None)
+        added = len(" pci=off") + count * command_line.MMIO_DEVICE
+    line = command_line.joined(guest, tools, words, added=added)
+    source = {"kernel_image_path": f"{OPENED}/{_KERNEL}", "boot_args": line}
     if guest.initrd is not None:
         source["initrd_path"] = f"{OPENED}/{_INITRD}"
     found: dict[str, Any] = {

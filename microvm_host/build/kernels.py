@@ -20,6 +20,9 @@ BZIMAGE, ELF, PVH = "bzImage", "vmlinux", "vmlinux with an entry for PVH"
 
 # boot.rst: the header's magic number.
 _HEADER_AT, _HEADER = 0x202, b"HdrS"
+# Its version of the protocol, and from 2.06 on the size of the command line that it takes.
+_VERSION_AT, _CMDLINE_SIZE_AT = 0x206, 0x238
+_CMDLINE_SIZE_SINCE, _CMDLINE_SIZE_BEFORE = 0x206, 255
 # elf(5), of 64 bits and little-endian.
 _ELF = b"\x7fELF\x02\x01"
 _PT_NOTE = 4
@@ -61,6 +64,16 @@ def kind(file: BinaryIO) -> str:
     if not head.startswith(_ELF):
         return ""
     return PVH if any(_has_pvh(notes) for notes in _notes(file, head)) else ELF
+
+
+def command_line_max(file: BinaryIO) -> int:
+    """How long a bzImage says that its command line may be, in bytes without the final NUL; 0 if
+    it does not say.
+    """
+    version = _number(_part(file, _VERSION_AT, 2), 0, 2)
+    if version < _CMDLINE_SIZE_SINCE:
+        return _CMDLINE_SIZE_BEFORE
+    return _number(_part(file, _CMDLINE_SIZE_AT, 4), 0, 4)
 
 
 def _notes(file: BinaryIO, head: bytes) -> list[bytes]:

@@ -7,7 +7,7 @@ It has no way to ask a guest to shut down: `lkvm stop` pulls the plug.
 from __future__ import annotations
 
 from ..paths import MICROVM_BALLOON, MICROVM_RUN
-from . import inside, kernels, limits, macvtaps, payload, scripts, seed, shell
+from . import command_line, inside, kernels, limits, macvtaps, payload, scripts, seed, shell
 from .facts import facts, notify_socket, notify_word
 from .limits import plain
 from .refused import Refused
@@ -36,6 +36,11 @@ _CANNOT: limits.Cannot = {
 _DISKS_MAX = 4
 # In MB.
 _MEMORY_MIN = 64
+# What it adds to the kernel's command line (x86/kvm.c, builtin-run.c).
+_ADDED = len(
+    "notsc noapic noacpi pci=conf1 reboot=k panic=1 i8042.direct=1 i8042.dumbkbd=1 i8042.nopnp=1 "
+    "earlyprintk=serial i8042.noaux=1 console=ttyS0  root=/dev/vda rw "
+)
 # lkvm keeps its own sockets in the home directory.
 _HOME = 'export HOME="$PWD"'
 
@@ -52,7 +57,7 @@ def build(guest: Guest, tools: Tools) -> Tree:
         scripts.run(
             guest,
             tools,
-            [path, "run", *_arguments(guest)],
+            [path, "run", *_arguments(guest, tools)],
             looks=[macvtaps.numbers(guest)],
             last=[_taken_file(guest, "rm -f {}") if guest.balloon else "", _HOME],
         ),
@@ -85,7 +90,7 @@ def _check(guest: Guest) -> None:
         )
 
 
-def _arguments(guest: Guest) -> Iterator[Word | str]:
+def _arguments(guest: Guest, tools: Tools) -> Iterator[Word | str]:
     yield from ("--name", guest.name)
     yield from ("--cpus", str(guest.vcpu), "--mem", str(guest.mem))
     yield from ("--console", "serial", "--rng")
@@ -95,7 +100,7 @@ def _arguments(guest: Guest) -> Iterator[Word | str]:
     words = ["console=ttyS0", "reboot=k", "panic=1", *guest.kernel_params]
     if guest.readiness == "guest" and guest.vsock_cid is not None:
         words.append(notify_word(notify_socket(guest.vsock_cid)))
-    yield from ("--params", " ".join(words))
+    yield from ("--params", command_line.joined(guest, tools, words, added=_ADDED))
     if guest.balloon:
         yield "--balloon"
     for number, volume in enumerate(seed.disks(guest)):

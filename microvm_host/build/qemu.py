@@ -8,7 +8,19 @@ of a macvtap) the script finds out by itself, and starts no process for the firs
 from __future__ import annotations
 
 from ..paths import MICROVM_BALLOON, MICROVM_RUN, MICROVM_SHUTDOWN
-from . import credentials, inside, limits, macvtaps, payload, programs, scripts, seed, shell
+from . import (
+    command_line,
+    credentials,
+    inside,
+    kernels,
+    limits,
+    macvtaps,
+    payload,
+    programs,
+    scripts,
+    seed,
+    shell,
+)
 from .facts import facts, notify_socket
 from .refused import Refused
 from .shell import PACKAGE_VARIABLE, Variable, word
@@ -31,6 +43,11 @@ _HUB_SINCE = (10, 0)
 _MMIO_MAX = 24
 # virtio-mem's block size on x86: a huge page.
 _HOTPLUG_UNIT = 2
+# With this much memory, in MB, QEMU's option ROM leaves the initrd on top of the ACPI tables: it
+# takes the end of the memory, 2^31, for a negative number (pc-bios/optionrom/linuxboot_dma.c).
+_MEMORY_NOT_BOOTED = 2048
+# QEMU places a command line of up to 64 KiB; what the kernel says that it takes is less.
+_COMMAND_LINE_MAX = 0xFFFF
 # QEMU's names of the formats that microvm.nix names otherwise.
 _FORMATS = {"vhd": "vpc"}
 # Where the guest's systemd finds credentials (systemd.system-credentials(7)).
@@ -63,6 +80,8 @@ esac"""
 _HOST_CPU = "host,+x2apic,-sgx"
 _VHOST = """\
 if [ "$accel" = kvm ] && [ -w /dev/vhost-net ]; then vhost=on; fi"""
+# What that makes of a clock of up to 99 GHz.
+_CLOCK_WORD = len(" tsc_early_khz=99999999")
 _CLOCK = """\
 # An emulated CPU's clock is the host's. A kernel that has to measure it fails now and then on a
 # busy host, and this machine has no other clock to fall back to.
@@ -146,6 +165,8 @@ class _Machine:
         self._has_pcie = self._type == "q35" or self._options["pcie"] == "on"
 
     @property
+        # SeaBIOS, which the machine has with ACPI, puts the tables at the end of the memory.
+        self._has_tables = self._type == "microvm" and self._options["acpi"] != "off"
     def _has_hub(self) -> bool:
         return self._tools.qemu_version >= _HUB_SINCE
 
@@ -242,10 +263,7 @@ class _Machine:
         at = ("qemu", "machineOpts", "pcie")
         if guest.devices:
             raise Refused(at, "qemu.machineOpts.pcie = 'off' leaves no bus for devices of the host")
-        count = len(guest.volumes) + len(guest.interfaces) + len(guest.shares)
-        # Beside these: random numbers, the balloon, the agent's port, the vsock.
-        count += 1 + len(seed.volumes(guest)) + guest.balloon + guest.qemu.guest_agent
-        count += guest.vsock_cid is not None
+        count = self._mmio_devices()
         if count > _MMIO_MAX:
             raise Refused(
                 at,
@@ -274,6 +292,13 @@ class _Machine:
             # A guest that reboots ends QEMU, and systemd starts it again.
             "-no-reboot",
             *("-uuid", guest.machine_id),
+    def _mmio_devices(self) -> int:
+        """How many virtio devices the guest has where these have no bus."""
+        guest = self._guest
+        count = len(seed.disks(guest)) + len(guest.interfaces) + len(guest.shares)
+        # Beside these: random numbers, the balloon, the agent's port, the vsock.
+        return count + 1 + guest.balloon + guest.qemu.guest_agent + (guest.vsock_cid is not None)
+
             *("-kernel", payload.KERNEL),
         ]
         if guest.initrd is not None:
@@ -329,7 +354,13 @@ class _Machine:
         # A triple fault is a reboot that each machine knows, and a panic ends the VM.
         words = [*console, "reboot=t", "panic=-1", *self._guest.kernel_params]
         clock = [Variable("clock")] if self._type == "microvm" else []
-        return word(" ".join(words), *clock)
+        added = _CLOCK_WORD if clock else 0
+        if self._type == "microvm" and not self._has_tables:
+            added += self._mmio_devices() * command_line.MMIO_DEVICE
+        line = command_line.joined(
+            self._guest, self._tools, words, added=added, own_max=_COMMAND_LINE_MAX
+        )
+        return word(line, *clock)
 
     def _monitors(self) -> Words:
         argv: Words = []

@@ -7,7 +7,7 @@ That machine has no power button: its QMP has no way to ask a guest to shut down
 from __future__ import annotations
 
 from ..paths import MICROVM_BALLOON, MICROVM_RUN
-from . import kernels, limits, macvtaps, payload, programs, scripts, seed, shell
+from . import command_line, kernels, limits, macvtaps, payload, programs, scripts, seed, shell
 from .facts import facts, notify_socket, notify_word
 from .limits import plain
 from .refused import Refused
@@ -52,7 +52,7 @@ def build(guest: Guest, tools: Tools) -> Tree:
         scripts.run(
             guest,
             tools,
-            [path, *_arguments(guest, taps)],
+            [path, *_arguments(guest, tools, taps)],
             last=[scripts.stale(*sockets), macvtaps.opened(taps)],
         ),
         0o755,
@@ -76,9 +76,7 @@ def _check(guest: Guest) -> None:
             ("mem",),
             f"mem = {guest.mem} is beyond stratovirt's {_MEMORY_MIN} to {_MEMORY_MAX} MB",
         )
-    # Beside these: random numbers, the balloon, the vsock.
-    count = len(seed.disks(guest)) + len(guest.interfaces) + len(guest.shares)
-    count += 1 + guest.balloon + (guest.vsock_cid is not None)
+    count = _devices(guest)
     if count > _DEVICES_MAX:
         raise Refused(
             ("hypervisor",),
@@ -87,11 +85,19 @@ def _check(guest: Guest) -> None:
         )
 
 
+def _devices(guest: Guest) -> int:
+    count = len(seed.disks(guest)) + len(guest.interfaces) + len(guest.shares)
+    # Beside these: random numbers, the balloon, the vsock.
+    return count + 1 + guest.balloon + (guest.vsock_cid is not None)
+
+
 def _queues(guest: Guest) -> int:
     return min(guest.vcpu, _QUEUES_MAX)
 
 
-def _arguments(guest: Guest, taps: dict[str, tuple[int, ...]]) -> Iterator[Word | str]:
+def _arguments(
+    guest: Guest, tools: Tools, taps: dict[str, tuple[int, ...]]
+) -> Iterator[Word | str]:
     yield from ("-name", guest.name)
     # vhost-user: virtiofsd maps the guest's memory.
     yield from ("-machine", f"type=microvm,mem-share={'on' if guest.virtiofs else 'off'}")
@@ -102,7 +108,9 @@ def _arguments(guest: Guest, taps: dict[str, tuple[int, ...]]) -> Iterator[Word 
     words = ["console=ttyS0", "edd=off", "reboot=t", "panic=-1", *guest.kernel_params]
     if guest.readiness == "guest" and guest.vsock_cid is not None:
         words.append(notify_word(notify_socket(guest.vsock_cid)))
-    yield from ("-append", " ".join(words))
+    # It names each device there, and says that there is no PCI.
+    added = len(" pci=off") + _devices(guest) * command_line.MMIO_DEVICE
+    yield from ("-append", command_line.joined(guest, tools, words, added=added))
     yield from ("-serial", "stdio")
     if guest.socket is not None:
         socket = plain(guest, ("socket",), guest.socket)

@@ -52,6 +52,8 @@ class Blob:
     is_private: bool = False
     # A kernel's, of `kernels`.
     format: str = ""
+    # The longest command line that a kernel says it takes, in bytes; 0 if it does not say.
+    command_line_max: int = 0
 
 
 @frozen
@@ -193,7 +195,8 @@ class _Look:
                 "sha256", path, file, lambda: file_digest(source, "sha256").hexdigest()
             )
             kind = kernels.kind(source) if key == "kernel" else ""
-        return Blob(path, digest, not status.st_mode & stat.S_IROTH, kind)
+            longest = kernels.command_line_max(source) if kind == kernels.BZIMAGE else 0
+        return Blob(path, digest, not status.st_mode & stat.S_IROTH, kind, longest)
 
 
 def _version(argv: list[str]) -> tuple[int, ...]:
