@@ -7,6 +7,8 @@ of a macvtap) the script finds out by itself, and starts no process for the firs
 
 from __future__ import annotations
 
+from shlex import quote
+
 from ..paths import MICROVM_BALLOON, MICROVM_RUN, MICROVM_SHUTDOWN
 from . import (
     command_line,
@@ -41,13 +43,13 @@ _EVENTS_SINCE = (8, 1)
 _HUB_SINCE = (10, 0)
 # Transports of the microvm machine with ACPI (QEMU's hw/i386/microvm.c).
 _MMIO_MAX = 24
-# virtio-mem's block size on x86: a huge page.
-_HOTPLUG_UNIT = 2
 # With this much memory, in MB, QEMU's option ROM leaves the initrd on top of the ACPI tables: it
 # takes the end of the memory, 2^31, for a negative number (pc-bios/optionrom/linuxboot_dma.c).
 _MEMORY_NOT_BOOTED = 2048
 # QEMU places a command line of up to 64 KiB; what the kernel says that it takes is less.
 _COMMAND_LINE_MAX = 0xFFFF
+# virtio-mem's block size on x86: a huge page.
+_HOTPLUG_UNIT = 2
 # QEMU's names of the formats that microvm.nix names otherwise.
 _FORMATS = {"vhd": "vpc"}
 # Where the guest's systemd finds credentials (systemd.system-credentials(7)).
@@ -78,10 +80,10 @@ case " $flags " in
 esac"""
 # QEMU crashes on microvm with SGX, and x2APIC is what lets it have many CPUs.
 _HOST_CPU = "host,+x2apic,-sgx"
-_VHOST = """\
-if [ "$accel" = kvm ] && [ -w /dev/vhost-net ]; then vhost=on; fi"""
 # What that makes of a clock of up to 99 GHz.
 _CLOCK_WORD = len(" tsc_early_khz=99999999")
+_VHOST = """\
+if [ "$accel" = kvm ] && [ -w /dev/vhost-net ]; then vhost=on; fi"""
 _CLOCK = """\
 # An emulated CPU's clock is the host's. A kernel that has to measure it fails now and then on a
 # busy host, and this machine has no other clock to fall back to.
@@ -163,12 +165,18 @@ class _Machine:
         self._type = guest.qemu.machine or ("q35" if needs_q35 else "microvm")
         self._options = self._machine_options()
         self._has_pcie = self._type == "q35" or self._options["pcie"] == "on"
-
-    @property
         # SeaBIOS, which the machine has with ACPI, puts the tables at the end of the memory.
         self._has_tables = self._type == "microvm" and self._options["acpi"] != "off"
+
+    @property
     def _has_hub(self) -> bool:
         return self._tools.qemu_version >= _HUB_SINCE
+
+    @property
+    def _memory_size(self) -> int:
+        """The guest's memory in MB: one MB less where it would not boot."""
+        is_booted = self._guest.initrd is None or not self._has_tables
+        return self._guest.mem - (self._guest.mem == _MEMORY_NOT_BOOTED and not is_booted)
 
     @property
     def event_log(self) -> str | None:
@@ -190,6 +198,7 @@ class _Machine:
         guest = self._guest
         limits.check(guest, _CANNOT)
         self._check_cpus()
+        self._check_kernel()
         if guest.hotplug_mem and self._type == "microvm":
             raise Refused(
                 ("hotplugMem",),
@@ -236,6 +245,18 @@ class _Machine:
                 hint,
             )
 
+    def _check_kernel(self) -> None:
+        guest = self._guest
+        is_pvh = self._tools.blob(guest.kernel).format == kernels.PVH
+        if is_pvh and guest.initrd is not None and self._has_tables:
+            # QEMU's other loader (pc-bios/optionrom/pvh_main.c) asks nobody where memory ends.
+            raise Refused(
+                ("kernel",),
+                f"kernel {guest.kernel!r} is a {kernels.PVH}: QEMU's machine microvm puts the "
+                "initrd of such a kernel on top of the ACPI tables, and the guest does not boot",
+                'take the vmlinuz instead, or qemu.machine = "q35"',
+            )
+
     def _check_credentials(self) -> None:
         given = self._guest.credential_files
         for name, _ in given:
@@ -271,6 +292,13 @@ class _Machine:
                 f"this guest has {count}",
             )
 
+    def _mmio_devices(self) -> int:
+        """How many virtio devices the guest has where these have no bus."""
+        guest = self._guest
+        count = len(seed.disks(guest)) + len(guest.interfaces) + len(guest.shares)
+        # Beside these: random numbers, the balloon, the agent's port, the vsock.
+        return count + 1 + guest.balloon + guest.qemu.guest_agent + (guest.vsock_cid is not None)
+
     # ---- the command line
 
     def _device(self, kind: str, *options: str) -> Words:
@@ -292,13 +320,6 @@ class _Machine:
             # A guest that reboots ends QEMU, and systemd starts it again.
             "-no-reboot",
             *("-uuid", guest.machine_id),
-    def _mmio_devices(self) -> int:
-        """How many virtio devices the guest has where these have no bus."""
-        guest = self._guest
-        count = len(seed.disks(guest)) + len(guest.interfaces) + len(guest.shares)
-        # Beside these: random numbers, the balloon, the agent's port, the vsock.
-        return count + 1 + guest.balloon + guest.qemu.guest_agent + (guest.vsock_cid is not None)
-
             *("-kernel", payload.KERNEL),
         ]
         if guest.initrd is not None:
@@ -308,7 +329,7 @@ class _Machine:
             argv += self._console()
         argv += self._monitors()
         if guest.virtiofs:
-            argv += ["-object", f"memory-backend-memfd,id=mem,size={guest.mem}M,share=on"]
+            argv += ["-object", f"memory-backend-memfd,id=mem,size={self._memory_size}M,share=on"]
         argv += self._device("virtio-rng")
         if guest.qemu.guest_agent:
             argv += self._agent()
@@ -346,7 +367,7 @@ class _Machine:
     def _memory(self) -> str:
         guest = self._guest
         if not guest.hotplug_mem:
-            return f"{guest.mem}M"
+            return f"{self._memory_size}M"
         return f"{guest.mem}M,maxmem={guest.mem + guest.hotplug_mem}M"
 
     def _append(self) -> Word:
@@ -546,10 +567,21 @@ class _Machine:
             last=[
                 # It removes a stale socket by itself.
                 shell.directories(self._guest.socket or ""),
+                self._memory_notice(),
                 macvtaps.opened(macvtaps.descriptors(self._guest, self._guest.vcpu)),
                 console_at_last,
             ],
         )
+
+    def _memory_notice(self) -> str:
+        """The line that says that the guest has less memory than it was given."""
+        if self._memory_size == self._guest.mem:
+            return ""
+        notice = (
+            f"{self._guest.name}: QEMU's machine microvm boots no initrd with {self._guest.mem} MB "
+            f"of memory: the guest has {self._memory_size} MB"
+        )
+        return f"echo {quote(notice)} >&2"
 
     def shutdown_script(self, socket: str) -> bytes:
         return scripts.shutdown(

@@ -350,7 +350,11 @@ GUEST = Table(
             List(Text()), (), "Words of the kernel's command line, after the builder's own."
         ),
         "vcpu": Key(Number(1, 1024), 1, "Number of virtual CPUs."),
-        "mem": Key(Number(1, _MEMORY_MAX), 512, "Memory in MB."),
+        "mem": Key(
+            Number(1, _MEMORY_MAX),
+            512,
+            "Memory in MB. QEMU's machine microvm boots no initrd with 2048, and gives 2047.",
+        ),
         "balloon": Key(
             Truth(), False, "Whether memory can be taken back from the guest while it runs."
         ),

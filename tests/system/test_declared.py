@@ -18,7 +18,7 @@ DECLARATION = """\
 autostart = false
 kernel = "{image}/vmlinuz"
 initrd = "{image}/initrd"
-mem = 256
+mem = 2048
 kernelParams = [
     "quiet", "loglevel=3", "guest.name={vm}",
     "guest.net={tap},10.77.9.2/24", "guest.net={user},10.0.2.15/24,10.0.2.2",
