@@ -22,7 +22,7 @@ BZIMAGE, ELF, PVH = "bzImage", "vmlinux", "vmlinux with an entry for PVH"
 _HEADER_AT, _HEADER = 0x202, b"HdrS"
 # Its version of the protocol, and from 2.06 on the size of the command line that it takes.
 _VERSION_AT, _CMDLINE_SIZE_AT = 0x206, 0x238
-_CMDLINE_SIZE_SINCE, _CMDLINE_SIZE_BEFORE = 0x206, 255
+_CMDLINE_SIZE_SINCE = 0x206
 # elf(5), of 64 bits and little-endian.
 _ELF = b"\x7fELF\x02\x01"
 _PT_NOTE = 4
@@ -71,9 +71,8 @@ def command_line_max(file: BinaryIO) -> int:
     it does not say.
     """
     version = _number(_part(file, _VERSION_AT, 2), 0, 2)
-    if version < _CMDLINE_SIZE_SINCE:
-        return _CMDLINE_SIZE_BEFORE
-    return _number(_part(file, _CMDLINE_SIZE_AT, 4), 0, 4)
+    # Linux has said it since 2.6.22.
+    return _number(_part(file, _CMDLINE_SIZE_AT, 4), 0, 4) if version >= _CMDLINE_SIZE_SINCE else 0
 
 
 def _notes(file: BinaryIO, head: bytes) -> list[bytes]:

@@ -102,7 +102,7 @@ def test_devices_that_are_named_on_the_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("version", "size", "expected"),
-    [(0x20F, 2047, 2047), (0x20F, 4095, 4095), (0x206, 500, 500), (0x205, 2047, 255)],
+    [(0x20F, 2047, 2047), (0x20F, 4095, 4095), (0x206, 500, 500), (0x205, 2047, 0)],
 )
 def test_what_a_bzimage_says(version: int, size: int, expected: int) -> None:
     kernel = bytearray(BZIMAGE)
