@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 
-from . import build_record, declaration, install_lock, log, runner, service, state, store, users
+from . import build_record, install_lock, log, runner, service, state, store, users
 from .build_record import Built, Looks
 from .errors import MicrovmHostError, UsageError
 from .file_stamp import Inputs
@@ -193,6 +193,8 @@ def update(name: str, host: HostPaths) -> Change:
     Raises:
         MicrovmHostError: nothing tells where its package comes from; else as from_source.
     """
+    from . import declaration
+
     path = host.declaration(name)
     if os.path.lexists(path):
         return declared(declaration.load(path), host, keeps_rollback=False)

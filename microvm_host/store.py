@@ -12,9 +12,7 @@ package was put there, and so are blobs that no package links to.
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import stat
 import time
 
@@ -152,6 +150,9 @@ def history(name: str, host: HostPaths) -> tuple[Entry, ...]:
     Raises:
         MicrovmHostError: the file that tells is broken.
     """
+    # It takes longer to import than an install of what did not change; so does shutil.
+    import json
+
     path = host.history(name)
     try:
         with open(path, encoding="utf-8") as source:
@@ -168,6 +169,8 @@ def history(name: str, host: HostPaths) -> tuple[Entry, ...]:
 
 def note(name: str, package: str, host: HostPaths, instead_of: str | None = None) -> None:
     """Write down that a VM was given a package, unless that is what was written down last."""
+    import json
+
     entries = history(name, host)
     last = entries[-1] if entries else None
     if last and last.package == package and last.instead_of in (instead_of, package):
@@ -229,6 +232,8 @@ def came_before(name: str, package: str | None, host: HostPaths) -> tuple[str, .
 
 def collect(host: HostPaths) -> list[str]:
     """Delete the packages that nobody needs any more, and say which; the caller holds the lock."""
+    import shutil
+
     needed = {os.path.realpath(package) for package in install_lock.kept(host)}
     for name in _listed(host.state):
         for link in (host.current(name), host.booted(name)):

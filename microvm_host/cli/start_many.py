@@ -56,7 +56,9 @@ def bring_up(vms: Sequence[str], running: Sequence[str]) -> dict[str, MicrovmHos
 
 
 def _error(vm: str, did_run: bool, since: str, complaint: str) -> MicrovmHostError:
-    sys.stderr.write(jobs.reasons([vm], since) or complaint)
+    for line in (jobs.reasons([vm], since) or complaint).splitlines():
+        # Many VMs may have failed, and few messages name theirs.
+        sys.stderr.write(f"{vm}: {line}\n")
     kind = PackageError if jobs.is_wrong_package([vm]) else MicrovmHostError
     return kind(
         f"could not {'restart' if did_run else 'start'} {vm}",

@@ -8,10 +8,12 @@ be taken for done nor stand in the way.
 from __future__ import annotations
 
 import os
+import random
 import signal
 import time
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,7 @@ from microvm_host import (
     source,
     state,
     store,
+    systemd,
 )
 from microvm_host.build import declared
 from microvm_host.build.tree import File, Tree
@@ -178,10 +181,10 @@ def test_create_waits_for_an_install_and_finds_its_vm(
         install.create("web", Source("runner", package), host)
 
 
-def remove_(host: HostPaths) -> None:
+def remove_(host: HostPaths, name: str = "web") -> None:
     """What `microvm remove` does once it has asked."""
-    with remove.kept_down("web", host):
-        remove.remove("web", host)
+    with remove.kept_down(name, host):
+        remove.remove(name, host)
 
 
 def test_a_failed_update_has_the_former_package(
@@ -282,3 +285,63 @@ def test_what_is_being_installed_is_not_collected(
     # It did not become anybody's.
     build(host, "db", 3)
     assert not [each for each in os.listdir(host.packages) if each.endswith("-web")]
+
+
+def test_installs_rollbacks_and_removals_at_once_lose_nothing(
+    host: HostPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three processes, each with a will of its own, and two VMs."""
+    monkeypatch.setattr(systemd, "states", lambda *_: {})
+    names = ("web", "db")
+    for name in names:
+        # What must never go with a VM that failed to be installed.
+        build(host, name, 0)
+        Path(host.vm(name), "disk.img").write_text(name)
+
+    def work(seed: int) -> None:
+        chance = random.Random(seed)
+        for number in range(25):
+            name = chance.choice(names)
+            match chance.randrange(4):
+                case 0:
+                    with suppress(MicrovmHostError):
+                        install.roll_back(name, None, host)
+                case 1:
+                    with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+                        patch.setattr(store, "note", interrupted)
+                        build(host, name, number)
+                case 2:
+                    # A third VM comes and goes.
+                    with suppress(MicrovmHostError, FileNotFoundError):
+                        build(host, "gone", number)
+                        remove_(host, "gone")
+                case _:
+                    build(host, name, number)
+            # At each moment a VM has a package, and it is whole.
+            assert runner.load(host.current(name))
+
+    children = []
+    for seed in range(3):
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                work(seed)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    for name in names:
+        assert Path(host.vm(name), "disk.img").read_text() == name
+        assert runner.load(os.readlink(host.current(name)))
+        assert all(map(os.path.isdir, store.kept(name, host)))
+    build(host, "web", 99)
+    assert not [each for each in os.listdir(host.packages) if each.startswith(".")]
+    assert not install_lock.kept(host)
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
