@@ -71,19 +71,22 @@ class Lock:
         os.ftruncate(self._file, len(f"{os.getpid()}\n{self._doing}\n{package}\n".encode()))
 
     def _wait(self) -> None:
-        began = time.monotonic()
+        holder, began = "", time.monotonic()
         is_told = False
         while not _take(self._file):
+            if (now := _holder(self._file)) != holder:
+                # At boot a thousand may come one after the other: that is progress.
+                holder, began = now, time.monotonic()
             waited = time.monotonic() - began
             if waited > PATIENCE:
                 raise MicrovmHostError(
-                    f"gave up after {PATIENCE:g} s: {_holder(self._file)} at the same time",
+                    f"gave up after {PATIENCE:g} s: {holder} at the same time",
                     path=self._path,
                     hint="try again when that process has ended, or end it",
                 )
             if waited > _QUIET and not is_told:
                 is_told = True
-                text = f"waiting: {_holder(self._file)} at the same time"
+                text = f"waiting: {holder} at the same time"
                 log.status(text)
                 log.notice(text)
             time.sleep(_STEP)

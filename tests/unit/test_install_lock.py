@@ -105,6 +105,23 @@ def test_who_waits_is_told_for_whom(
         pass
 
 
+def test_others_who_come_one_after_the_other_are_waited_for(
+    host: HostPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of a thousand VMs takes the store's lock at the first boot."""
+    monkeypatch.setattr(install_lock, "PATIENCE", 0.1)
+    take, looks = install_lock._take, iter(range(20))
+
+    def is_free(file: int) -> bool:
+        return next(looks) == 19 and take(file)
+
+    monkeypatch.setattr(install_lock, "_take", is_free)
+    monkeypatch.setattr(install_lock, "_holder", lambda file: str(time.monotonic()))
+    began = time.monotonic()
+    with store.locked(host):
+        assert time.monotonic() - began > 0.3
+
+
 def test_a_lock_is_roots_alone(host: HostPaths) -> None:
     with install_lock.of_vm("web", host, "installs web"):
         assert os.stat(f"{host.install_locks}/web").st_mode & 0o777 == 0o600
