@@ -271,12 +271,12 @@ class _Installation:
         try:
             if self._source.kind == "declaration":
                 return self._from_declaration()
+            package = self._source.reference
             if self._source.kind == "flake":
-                self._prepare(service.identity(self._name))
-                after = runner.load(_build(self._name, self._source.reference, self._host)).path
-            else:
-                after = runner.load(self._source.reference).path
-                self._prepare(service.identity(self._name))
+                package = _build(self._name, package, self._host)
+            after = runner.load(package).path
+            # Not before there is something to put there: a build may be killed.
+            self._prepare(service.identity(self._name))
             self._switch(after)
         except BaseException:
             self._undo()
