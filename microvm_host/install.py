@@ -172,10 +172,10 @@ def _if_unchanged(name: str, host: HostPaths, looks: Looks, keeps_rollback: bool
         return None
     if built.user is not None:
         users.ensure(name, built.user, host)
-    # Who the VM runs as is no part of its package, and may be another one by now.
-    identity = service.identity(name)
-    state.prepare(name, identity.gid, host)
-    store.give(current, identity.gid)
+    if store.is_private(current):
+        # The VM's user may be another one by now. For no other package is systemd asked, which
+        # loads a dozen units to answer; the directory gets its owner when the VM starts.
+        store.give(current, service.identity(name).gid)
     return Change(name, current, current, state.booted(name, host), passed_over)
 
 

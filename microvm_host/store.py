@@ -105,6 +105,17 @@ def give(package: str, gid: int) -> None:
             os.close(file)
 
 
+def is_private(package: str) -> bool:
+    """Whether a package has files that are for its VM's user alone."""
+    for file in _COPIED:
+        try:
+            if stat.S_IMODE(os.lstat(f"{package}/lib/{file}").st_mode) == PRIVATE_MODE:
+                return True
+        except OSError:
+            continue
+    return False
+
+
 def is_ours(package: str, host: HostPaths) -> bool:
     """Whether a path is that of a package of the store."""
     return os.path.dirname(os.path.realpath(package)) == os.path.realpath(host.packages)

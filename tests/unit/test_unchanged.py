@@ -347,8 +347,21 @@ def test_a_private_kernel_follows_the_user_without_a_build(
     monkeypatch.setattr(service, "identity", lambda name: Identity("x", 61001, "x", 61002))
     monkeypatch.setattr(os, "fchown", lambda file, *owner: given.append(owner))
     bring(host)
-    # The state directory and the kernel.
-    assert given == [(0, 61002), (-1, 61002)] and counts.taken() == (0, 0, 0)
+    assert given == [(-1, 61002)] and counts.taken() == (0, 0, 0)
+
+
+def test_systemd_is_not_asked_about_what_did_not_change(
+    host: HostPaths, root: Path, counts: Counts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would load all units of each VM to answer."""
+    declare(host, root, "web")
+    bring(host)
+
+    def asked(name: str) -> Identity:
+        raise AssertionError(f"systemd was asked about {name}")
+
+    monkeypatch.setattr(service, "identity", asked)
+    assert not bring(host).is_new
 
 
 # ---- stamps
