@@ -120,7 +120,7 @@ def _connect(peer: socket.socket, path: str, deadline: float) -> None:
 
 
 def _unreachable(path: str, error: OSError) -> MicrovmHostError:
-    hint = "try as root" if isinstance(error, PermissionError) and os.geteuid() else ""
+    hint = "this needs root" if isinstance(error, PermissionError) and os.geteuid() else ""
     return MicrovmHostError(
         f"cannot be connected to: {error.strerror or error}", path=path, hint=hint
     )

@@ -20,6 +20,11 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .attach import Running
 
+
+class NoBalloon(MicrovmHostError):
+    """The guest was started without one."""
+
+
 MEBIBYTE = 1 << 20
 _WITHIN = 10.0  # seconds that QEMU may take to answer
 _UNITS = {"": 1, "M": 1, "MB": 1, "MIB": 1, "G": 1 << 10, "GB": 1 << 10, "GIB": 1 << 10}
@@ -106,8 +111,8 @@ class _Qemu:
         socket = vm.package.control_socket
         if socket is None or socket.protocol != "qmp":
             raise MicrovmHostError(
-                f"the hypervisor of {vm.name} does not tell its memory by any socket that is known",
-                path=vm.package.path,
+                f"microVM {vm.name} does not tell its memory: its package names no control socket "
+                "of QEMU's"
             )
         self._name = vm.name
         self._qmp = control.Qmp(vm.connect(socket.path, _WITHIN), socket.path, _WITHIN)
@@ -117,10 +122,7 @@ class _Qemu:
             answer = self._qmp.ask(command, arguments, _WITHIN)
         except control.Refusal as error:
             if error.kind == "DeviceNotActive":
-                raise MicrovmHostError(
-                    f"{self._name} has no balloon",
-                    hint="`balloon = true` in its declaration gives it one, at its next start",
-                ) from error
+                raise NoBalloon(f"microVM {self._name} has no balloon") from error
             raise
         return answer if isinstance(answer, dict) else {}
 
@@ -156,9 +158,8 @@ def _size(value: object) -> int:
 def _run_script(vm: Running, size: int) -> None:
     script = f"{vm.package.path}/{MICROVM_BALLOON}"
     if not os.access(script, os.X_OK):
-        raise MicrovmHostError(
-            f"the package of {vm.name} has no {MICROVM_BALLOON}, and so no balloon",
-            path=vm.package.path,
+        raise NoBalloon(
+            f"microVM {vm.name} has no balloon: there is no {MICROVM_BALLOON} in its package"
         )
     # It acts on sockets of the VM's user, and with no more rights than theirs.
     whom: dict[str, object] = {}

@@ -62,7 +62,7 @@ class Keyboard:
             self._directory = os.open(vm.directory, flags)
         except PermissionError as error:
             raise MicrovmHostError(
-                "cannot be read", path=vm.directory, hint="try as root"
+                "cannot be read", path=vm.directory, hint="this needs root"
             ) from error
         self._host = host
 

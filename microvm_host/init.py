@@ -8,6 +8,8 @@ they were.
 from __future__ import annotations
 
 import os
+import time
+import tomllib
 
 from . import declaration, install, names, network, state, systemd
 from .errors import MicrovmHostError, UsageError
@@ -17,6 +19,7 @@ from .guests import archives, bootstrap, debian, kernel, keys, small, template
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
     from .install import Change
     from .paths import HostPaths
@@ -107,8 +110,9 @@ def _debian(wish: Wish, host: HostPaths, say: Callable[[str], object]) -> templa
         lines, files = keys.named(wish.ssh_keys), wish.ssh_keys
     else:
         lines, files = keys.own(host, os.environ)
-    bootstrap.check_host()
     recipe = debian.Recipe(origin)
+    has_root = not wish.fresh and debian.newest(recipe, host, time.time()) is not None
+    bootstrap.check_host(has_root=has_root)
     archive = debian.make(recipe, host, say, fresh=wish.fresh)
     for path in debian.superseded(recipe, host, archive.root):
         say(f"no declaration names {path} any more: rm -r {path}")
@@ -191,6 +195,7 @@ def declare(
     former = f"{path}.old"
     if is_declared:
         say(f"the former {path} is kept as {former}")
+        _say_what_differs(path, text, say)
         _copy(path, former)
     try:
         write(path, text)
@@ -202,6 +207,32 @@ def declare(
         elif os.path.exists(path):
             os.unlink(path)
         raise
+
+
+def _say_what_differs(path: str, text: str, say: Callable[[str], object]) -> None:
+    """Say where the network of the new declaration is of another kind than that of the former."""
+    try:
+        before = _networks(declaration.read(path).table)
+    except MicrovmHostError:
+        # It was wrong, and is being replaced for that.
+        return
+    after = _networks(tomllib.loads(text))
+    if before != after:
+        say(f"its network was {before}, and is {after} now")
+
+
+def _networks(table: dict[str, Any]) -> str:
+    """What a guest is connected to, for people."""
+    found = []
+    interfaces = table.get("interfaces")
+    for each in interfaces if isinstance(interfaces, list) else ():
+        kind = each.get("type") if isinstance(each, dict) else None
+        if kind == "user":
+            found.append("QEMU's own")
+        elif kind is not None:
+            bridge = f" on {each['bridge']}" if each.get("bridge") else ""
+            found.append(f"a {kind}{bridge}")
+    return " and ".join(found) or "none"
 
 
 def _copy(source: str, target: str) -> None:

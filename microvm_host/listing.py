@@ -312,7 +312,7 @@ def _row(
                 else f"no package in {host.vm(name)}"
             )
     except PermissionError:
-        problem = "cannot be read: try as root"
+        problem = "cannot be read: this needs root"
     return Row(
         name,
         active,

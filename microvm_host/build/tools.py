@@ -183,9 +183,8 @@ class _Look:
             # Not waiting: it could be a FIFO.
             file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
-            hint = "try as root" if isinstance(error, PermissionError) else ""
             message = f"{key} {path!r} cannot be read: {error.strerror}"
-            raise Refused((key,), message, hint) from error
+            raise Refused((key,), message, _hint_for(error, path)) from error
         with os.fdopen(file, "rb") as source:
             self._inputs.see(path, file)
             status = os.fstat(file)
@@ -197,6 +196,20 @@ class _Look:
             kind = kernels.kind(source) if key == "kernel" else ""
             longest = kernels.command_line_max(source) if kind == kernels.BZIMAGE else 0
         return Blob(path, digest, not status.st_mode & stat.S_IROTH, kind, longest)
+
+
+def _hint_for(error: OSError, path: str) -> str:
+    if isinstance(error, PermissionError):
+        return "this needs root"
+    if not path.startswith(f"{HostPaths().guests}/"):
+        return ""
+    # What `microvm init` made, and somebody deleted.
+    if "/debian-" in path:
+        return (
+            "`microvm init NAME --guest debian --force` makes another guest, once the disk of this "
+            "one is deleted"
+        )
+    return "`microvm init NAME --force` makes it again"
 
 
 def _version(argv: list[str]) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ import click
 from .. import attach, balloon, console, guestagent, leases, runner, state
 from ..attach import NobodyThere, Running
 from ..errors import MicrovmHostError
-from ..runner import SHARE, VSOCK_SOCKET
+from ..runner import VSOCK_SOCKET
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -123,9 +123,8 @@ def execute(
         if path is None:
             is_qemu = found.package.hypervisor in (None, "qemu")
             raise MicrovmHostError(
-                f"the package of {vm} tells of no port of a guest agent",
-                path=f"{found.package.path}/{SHARE}/agent-socket",
-                hint="[qemu] guestAgent = true in its declaration makes one"
+                f"microVM {vm} has no port for a guest agent",
+                hint=line_to_add("qemu.guestAgent = true", vm, host)
                 if is_qemu
                 else f"QEMU's alone is known, not {found.package.hypervisor}'s; `microvm ssh` "
                 "runs commands, too",
@@ -165,8 +164,7 @@ def ways_in(vm: str, host: HostPaths) -> tuple[str, list[str]]:
             raise MicrovmHostError(
                 f"microVM {vm} has no vsock CID to reach it by, and no address that this host "
                 "knows",
-                path=f"{package.path}/{SHARE}/vsock-cid",
-                hint="set vsock.cid in its declaration, or microvm.vsock.cid in its configuration",
+                hint=line_to_add("vsock = {}", vm, host),
             )
         return address, []
     if package.has_own_vsock:
@@ -182,10 +180,14 @@ def ways_in(vm: str, host: HostPaths) -> tuple[str, list[str]]:
 def show_or_set_balloon(vm: str, host: HostPaths, wanted: int | None, *, as_json: bool) -> None:
     """Print a guest's memory, after its balloon left it as many MB; raises MicrovmHostError."""
     found = running(vm, host)
-    if wanted is None:
-        memory: balloon.Memory | None = balloon.memory(found)
-    else:
-        memory = balloon.resize(found, wanted, _BALLOONS_WITHIN)
+    try:
+        if wanted is None:
+            memory: balloon.Memory | None = balloon.memory(found)
+        else:
+            memory = balloon.resize(found, wanted, _BALLOONS_WITHIN)
+    except balloon.NoBalloon as error:
+        error.hint = line_to_add("balloon = true", vm, host)
+        raise
     if as_json:
         found_now = {
             "name": vm,
@@ -202,6 +204,21 @@ def show_or_set_balloon(vm: str, host: HostPaths, wanted: int | None, *, as_json
         if wanted is not None and memory.actual != wanted * balloon.MEBIBYTE:
             text += f", on the way to {wanted} MB as far as the guest goes along"
         click.echo(text)
+
+
+def line_to_add(line: str, vm: str, host: HostPaths) -> str:
+    """What to do for a VM that lacks something which a line of its declaration gives it."""
+    path = host.declaration(vm)
+    try:
+        with open(path, encoding="utf-8", errors="replace") as source:
+            texts = source.read().splitlines()
+    except OSError:
+        return f"its package has to be made with it, which for a declaration is `{line}`"
+    tables = (number for number, text in enumerate(texts, 1) if text.lstrip().startswith("["))
+    first = next(tables, None)
+    # Below, it would be a key of that table.
+    place = "" if first is None else f" above line {first}, the first that begins with '['"
+    return f"write `{line}` into {path}{place}; then: microvm update -R {vm}"
 
 
 def _say(text: str) -> None:

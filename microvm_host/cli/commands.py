@@ -19,6 +19,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import json
     import shlex
+    from collections.abc import Callable
 
     from .. import adopt as adoption
     from .. import apply as application
@@ -56,6 +57,18 @@ NAME = names.vm_name
 
 def _name_or_glob(text: str) -> str:
     return text if listing.is_glob(text) else names.vm_name(text)
+
+
+def _at_least(megabytes: int) -> Callable[[str], int]:
+    """What reads a size as people write it, and takes none that is smaller."""
+
+    def read(text: str) -> int:
+        size: int = ballooning.megabytes(text)
+        if size < megabytes:
+            raise UsageError(f"{text!r} is too small", hint=f"at least {megabytes}M")
+        return size
+
+    return read
 
 
 NAMES = click.argument("vms", metavar="NAME...", type=_name_or_glob, nargs=-1, required=True)
@@ -305,7 +318,9 @@ def rollback(vm: str, to: str | None, restart: bool) -> None:
     default="small",
     help="small: this host's kernel and busybox, in memory. debian: Debian with cloud-init.",
 )
-@click.option("--memory", metavar="MB", type=click.IntRange(64), help="Memory of the guest.")
+@click.option(
+    "--memory", metavar="SIZE", type=_at_least(64), help="Memory of the guest: 512M, 2G, or MB."
+)
 @click.option(
     "--kernel", metavar="PATH", help="small: the kernel's image; default: the host's own."
 )
@@ -325,9 +340,9 @@ def rollback(vm: str, to: str | None, restart: bool) -> None:
 )
 @click.option(
     "--disk",
-    metavar="MB",
-    type=click.IntRange(2048),
-    help="debian: size of its disk; default: 10240.",
+    metavar="SIZE",
+    type=_at_least(2048),
+    help="debian: size of its disk: 20G, or MB; default: 10240.",
 )
 @click.option("--fresh", is_flag=True, help="debian: make its root anew, of the newest packages.")
 @click.option("--force", is_flag=True, help="Replace a declaration, which is kept as .old.")

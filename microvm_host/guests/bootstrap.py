@@ -28,6 +28,8 @@ _FOR_DISKS = (
     ("mkfs.vfat", "dosfstools"),
     ("mcopy", "mtools"),
 )
+# What mkfs.ext4 reads archives with, and does not depend on.
+_LIBARCHIVE = "libarchive13t64"
 _PATH = os.pathsep.join(PROGRAM_PLACES)
 # Words of apt's, and what they mostly mean.
 _HINTS = (
@@ -52,12 +54,40 @@ _DULL = ("I: main()", "I: removing tempdir", "I: finding correct signed-by")
 _ENDS_WITHIN = 20
 
 
-def check_host() -> None:
-    """See that this host can make a disk of an archive, and a seed; raises MicrovmHostError.
+def check_host(*, has_root: bool) -> None:
+    """See that this host can make a root, a disk of it, and a seed.
 
-    Making the archive takes minutes, after which it is too late to be told.
+    Making the root takes minutes, after which it is too late to be told.
+
+    Args:
+        has_root: there is one already, and nothing is needed to make it.
+
+    Raises:
+        MicrovmHostError: something is missing; names all of it, and one line that installs it.
     """
-    _check(_FOR_DISKS)
+    programs = _FOR_DISKS if has_root else (*_FOR_ROOTS, *_FOR_DISKS)
+    missing = [each for each in programs if not shutil.which(each[0], path=_PATH)]
+    has_mkfs = shutil.which("mkfs.ext4", path=_PATH) is not None
+    complaint = _disk_complaint() if has_mkfs else ""
+    if missing:
+        packages = [package for _, package in missing]
+        # Without mkfs.ext4 nobody can tell whether it would find the library.
+        packages += [_LIBARCHIVE] if complaint or not has_mkfs else []
+        names = ", ".join(program for program, _ in missing)
+        raise MicrovmHostError(
+            f"a Debian guest is made with {names}, which this host does not have",
+            hint=f"install what has it (on Debian 13: apt install {' '.join(packages)})",
+        )
+    if complaint:
+        raise MicrovmHostError(
+            f"this host's mkfs.ext4 makes no disks of archives: {complaint}",
+            hint="it does from e2fsprogs 1.47.1 on, with libarchive (on Debian 13: apt install "
+            f"{_LIBARCHIVE})",
+        )
+
+
+def _disk_complaint() -> str:
+    """What mkfs.ext4 says against making a disk of an archive; nothing if it makes one."""
     with tempfile.TemporaryDirectory() as scratch:
         # An archive with nothing in it.
         with open(f"{scratch}/empty.tar", "wb") as target:
@@ -72,27 +102,7 @@ def check_host() -> None:
             errors="replace",
             env={**os.environ, "PATH": _PATH},
         )
-    if done.returncode:
-        raise MicrovmHostError(
-            f"this host's mkfs.ext4 makes no disks of archives: {one_line(done.stdout)}",
-            hint="it does from e2fsprogs 1.47.1 on, with libarchive (on Debian 13: apt install "
-            "libarchive13t64)",
-        )
-
-
-def check_programs() -> None:
-    """See that this host can make a root; raises MicrovmHostError."""
-    _check(_FOR_ROOTS)
-
-
-def _check(programs: tuple[tuple[str, str], ...]) -> None:
-    missing = [each for each in programs if not shutil.which(each[0], path=_PATH)]
-    if missing:
-        names, packages = (", ".join(words) for words in zip(*missing, strict=True))
-        raise MicrovmHostError(
-            f"a Debian guest is made with {names}, which this host does not have",
-            hint=f"install what has it (on Debian: {packages})",
-        )
+    return (one_line(done.stdout) or f"it ended with {done.returncode}") if done.returncode else ""
 
 
 def run(argv: list[str], directory: str, origin: Origin, say: Callable[[str], object]) -> None:

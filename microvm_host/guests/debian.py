@@ -166,7 +166,6 @@ def make(
     if found is not None:
         say(f"taking the Debian root {found}")
         return _archive(found)
-    bootstrap.check_programs()
     with _alone(host, say):
         # Made by whoever had the lock before.
         found = None if fresh else newest(recipe, host, time.time())

@@ -100,7 +100,7 @@ def version(image: str) -> str:
             # The version lies in the first sectors, which are the setup code.
             head = source.read(0x10000)
     except OSError as error:
-        hint = "try as root" if isinstance(error, PermissionError) else _INSTALL
+        hint = "this needs root" if isinstance(error, PermissionError) else _INSTALL
         raise MicrovmHostError(
             f"cannot be read: {error.strerror}", path=image, hint=hint
         ) from error

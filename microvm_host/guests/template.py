@@ -62,7 +62,8 @@ def declaration(guest: Guest) -> str:
         f"#     microvm console {name}              is on its console; Ctrl-] leaves it",
         f"#     microvm update -R {name}            makes a change of this file hold",
         "#",
-        "# microvm.toml(5) has all keys.",
+        "# microvm.toml(5) has all keys. Write those of the VM itself above the first line that",
+        "# begins with '[': below it, they would belong to that table.",
         "",
         "# true: it starts when the host boots, and with `microvm apply`.",
         "autostart = false",
@@ -77,9 +78,11 @@ def declaration(guest: Guest) -> str:
         "vcpu = 1",
         "# In MB.",
         f"mem = {guest.mem}",
+        f"# `microvm balloon {name} SIZE` takes memory back while it runs.",
+        "balloon = true",
         "",
         *(_VSOCK if guest.vsock else []),
-        *([] if guest.login is None else _AGENT),
+        *(_NO_AGENT if guest.login is None else _AGENT),
         *_network(guest),
         "",
         *([] if guest.disk is None else _root(guest, guest.disk)),
@@ -110,8 +113,15 @@ _VSOCK = (
     "",
 )
 
+_NO_AGENT = (
+    "# `microvm exec` needs the first and qemu-guest-agent in the guest, `microvm ssh` the second",
+    "# and sshd. The small guest has neither; that of `microvm init --guest debian` has both.",
+    "# qemu.guestAgent = true",
+    "# vsock = {}",
+    "",
+)
 _AGENT = (
-    "# `microvm exec` goes by this, and by qemu-guest-agent, which is installed in there.",
+    "# `microvm exec` goes by this, and by qemu-guest-agent, which is installed in the guest.",
     "qemu.guestAgent = true",
     "",
 )

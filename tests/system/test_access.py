@@ -266,7 +266,7 @@ def test_the_users_rights_are_enough_for_no_other(toolkit: Toolkit, guest: str) 
         shown = toolkit.sh(f"stat -c '%U %a' {state}/{guest}-{name}.sock").split()
         assert shown[0] == "microvm" and shown[1][1:] == "00"
     done = toolkit.host.run(["microvm", "exec", guest, "true"], user="nobody", check=False)
-    assert done.returncode == 255 and "Permission denied; try as root" in done.stderr
+    assert done.returncode == 255 and "Permission denied; this needs root" in done.stderr
 
 
 @pytest.mark.core

@@ -50,8 +50,15 @@ def test_the_third_command_is_a_login_prompt(toolkit: Toolkit, vm: str) -> None:
     toolkit.await_line(vm, f"{vm}: eth0 has 10.0.2.15")
     # It has no agent, and no port for one.
     done = toolkit.host.run(["microvm", "exec", vm, "true"], check=False)
-    assert done.returncode == 255 and "tells of no port of a guest agent" in done.stderr
-    assert "[qemu] guestAgent = true in its declaration makes one" in done.stderr
+    assert done.returncode == 255 and "has no port for a guest agent" in done.stderr
+    # What is missing is a line, and where that goes.
+    text = toolkit.host.read(f"/etc/microvms/{vm}.toml").splitlines()
+    number = next(at for at, line in enumerate(text, 1) if line.startswith("["))
+    assert (
+        f"write `qemu.guestAgent = true` into /etc/microvms/{vm}.toml above line {number}, the "
+        f"first that begins with '['; then: microvm update -R {vm}" in done.stderr
+    )
+    assert "256 MB of 256 MB" in toolkit.sh(f"microvm balloon {vm}")
     toolkit.systemctl("stop", f"microvm@{vm}", timeout=120)
     journal = "\n".join(toolkit.journal(vm))
     assert "asked once, by its package's script" in journal, journal

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from microvm_host import __version__, attach, console, install, source, state, systemd
-from microvm_host.cli import commands, entry, jobs
+from microvm_host.cli import access, commands, entry, jobs
 from microvm_host.paths import HostPaths
 from microvm_host.runner import Macvtap, Package, Share, Tap
 
@@ -133,6 +133,9 @@ def test_version() -> None:
         (["create", "web", "--flake", "a", "--runner", "b"], "do not go together"),
         (["console", "web", "--escape", "ab"], "'ab' is no key"),
         (["balloon", "web", "1.5G"], "'1.5G' is not a size"),
+        (["init", "web", "--memory", "1X"], "'1X' is not a size; 512M and 2G are"),
+        (["init", "web", "--memory", "63"], "'63' is too small; at least 64M"),
+        (["init", "web", "--disk", "1G"], "'1G' is too small; at least 2048M"),
         (["exec", "web"], "no command is given"),
         (["-x"], "there is no flag -x"),
         (["-c"], "-c needs a value"),
@@ -208,7 +211,7 @@ def test_vm_whose_directory_is_gone_is_stopped_while_it_runs(
 @pytest.mark.parametrize(
     ("hypervisor", "reason", "hint"),
     [
-        ("qemu", "", "guestAgent = true"),
+        ("qemu", "", "which for a declaration is `qemu.guestAgent = true`"),
         (
             "firecracker",
             ", since firecracker's is in the journal alone; `microvm ssh` logs in",
@@ -408,6 +411,19 @@ def test_ssh_without_cid(capfd: pytest.CaptureFixture[str], web: Package) -> Non
     code, _, err = run(capfd, "ssh", "web")
     assert code == 1
     assert "microVM web has no vsock CID to reach it by, and no address" in err
+
+
+def test_what_a_declaration_lacks_is_a_line_with_its_place(host: HostPaths) -> None:
+    path = host.declaration("web")
+    packages.put(Path(host.declarations), "web.toml", "mem = 256\n# [[shares]]\n\n [[volumes]]\n")
+    assert access.line_to_add("balloon = true", "web", host) == (
+        f"write `balloon = true` into {path} above line 4, the first that begins with '['; "
+        "then: microvm update -R web"
+    )
+    packages.put(Path(host.declarations), "web.toml", "mem = 256\n")
+    assert access.line_to_add("balloon = true", "web", host) == (
+        f"write `balloon = true` into {path}; then: microvm update -R web"
+    )
 
 
 def test_ssh_by_address(monkeypatch: pytest.MonkeyPatch, host: HostPaths, web: Package) -> None:

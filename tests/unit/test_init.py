@@ -297,6 +297,8 @@ def test_a_vm_that_is_there_is_left_alone(whole: HostPaths, installed: list[str]
     assert Path(f"{path}.old").read_text() == "# mine\n"
     assert "kernel =" in path.read_text()
     assert any(f"is kept as {path}.old" in line for line in said)
+    # What was there is not the network of another kind that it gets.
+    assert "its network was none, and is QEMU's own now" in said
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), MicrovmHostError("no QEMU")])

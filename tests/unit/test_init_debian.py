@@ -279,8 +279,8 @@ def test_an_archive_serves_until_it_is_old(
     # The same again is what is there, also where none could be made.
     monkeypatch.setattr(bootstrap, "_PATH", "/none")
     assert debian.make(RECIPE, host, nothing) == first and made == ["trixie"]
-    with pytest.raises(MicrovmHostError, match=r"made with mmdebstrap, which.*mmdebstrap\)"):
-        debian.make(RECIPE, host, nothing, fresh=True)
+    with pytest.raises(MicrovmHostError, match=r"made with mmdebstrap, mkfs\.ext4, "):
+        bootstrap.check_host(has_root=False)
     assert debian.newest(RECIPE, host, now + debian.MAX_AGE - 60) == directory
     assert debian.newest(RECIPE, host, now + debian.MAX_AGE + 60) is None
     # Its clock was wrong, or it is none of ours.
@@ -361,7 +361,7 @@ from microvm_host.paths import HostPaths
 from microvm_host.errors import MicrovmHostError
 bootstrap._PATH = os.environ["PATH"]
 debian.mmdebstrap_argv = lambda recipe, target: ["sh", "-c", os.environ["SCRIPT"]]
-bootstrap.check_programs = lambda: None
+
 recipe = debian.Recipe(Origin("trixie", "http://m", ()))
 print(debian.make(recipe, HostPaths(sys.argv[1]), lambda text: print(text, flush=True)))
 """
@@ -428,14 +428,35 @@ def test_a_host_that_makes_no_disks_of_archives_is_told_beforehand(
 ) -> None:
     monkeypatch.setattr(bootstrap, "_PATH", str(root))
     with pytest.raises(MicrovmHostError, match=r"mkfs\.ext4, mkfs\.vfat, mcopy, which this host"):
-        bootstrap.check_host()
+        bootstrap.check_host(has_root=True)
     for name in ("mkfs.vfat", "mcopy", "mkfs.ext4"):
         (root / name).write_text("#!/bin/sh\necho 'mke2fs: no libarchive' >&2; exit 1\n")
         (root / name).chmod(0o755)
     with pytest.raises(MicrovmHostError, match=r"of archives: mke2fs: no libarchive.*1\.47\.1"):
-        bootstrap.check_host()
+        bootstrap.check_host(has_root=True)
     (root / "mkfs.ext4").write_text("#!/bin/sh\n")
-    bootstrap.check_host()
+    bootstrap.check_host(has_root=True)
+
+
+@pytest.mark.parametrize(
+    ("there", "has_root", "line"),
+    [
+        ("", False, "mmdebstrap e2fsprogs dosfstools mtools libarchive13t64"),
+        ("", True, "e2fsprogs dosfstools mtools libarchive13t64"),
+        ("mmdebstrap mkfs.ext4", False, "dosfstools mtools libarchive13t64"),
+        ("mkfs.vfat mcopy mkfs.ext4", False, "mmdebstrap libarchive13t64"),
+    ],
+)
+def test_all_that_is_missing_is_one_line_to_install(
+    root: Path, monkeypatch: pytest.MonkeyPatch, there: str, has_root: bool, line: str
+) -> None:
+    monkeypatch.setattr(bootstrap, "_PATH", str(root))
+    for name in there.split():
+        (root / name).write_text("#!/bin/sh\necho 'no libarchive' >&2; exit 1\n")
+        (root / name).chmod(0o755)
+    with pytest.raises(MicrovmHostError) as caught:
+        bootstrap.check_host(has_root=has_root)
+    assert f"(on Debian 13: apt install {line})" in caught.value.hint
 
 
 # ---- the declaration
@@ -446,7 +467,7 @@ def ready(
     host: HostPaths, on_debian: HostPaths, made: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> HostPaths:
     """A host that makes roots and disks of them."""
-    monkeypatch.setattr(bootstrap, "check_host", lambda: None)
+    monkeypatch.setattr(bootstrap, "check_host", lambda *, has_root: None)
     return host
 
 

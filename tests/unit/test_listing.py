@@ -242,7 +242,7 @@ def test_one_that_may_not_be_read(scene: Scene) -> None:
         (row,) = listing.rows(scene.host, ("current",))
     finally:
         os.chmod(scene.host.vm("current"), 0o755)
-    assert listing.as_text(row, plain) == "current: broken, cannot be read: try as root"
+    assert listing.as_text(row, plain) == "current: broken, cannot be read: this needs root"
 
 
 @pytest.mark.parametrize(
