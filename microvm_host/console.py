@@ -15,11 +15,12 @@ import pwd
 import select
 import signal
 import subprocess
+import sys
 import termios
 import time
 import tty
 
-from . import names, systemd
+from . import names, systemd, terminal_text
 from .errors import MicrovmHostError, UsageError
 
 TYPE_CHECKING = False
@@ -151,6 +152,7 @@ def relay(
     screen: int = 1,
     ended: int | None = None,
     successor: Callable[[], int | None] = lambda: None,
+    clean: Callable[[bytes], bytes] = bytes,
 ) -> str:
     """Carry what comes to the screen, and keys back, until one side ends it.
 
@@ -161,12 +163,13 @@ def relay(
         keys: where keys come from; None for nowhere.
         ended: becomes readable when the VM has ended, if the source does not end by that.
         successor: asked then; gives another such, if the VM has not ended after all.
+        clean: what comes to the screen goes through it.
 
     Returns:
         DETACHED or ENDED.
     """
     to_screen, to_guest = bytearray(), bytearray()
-    lost, until, is_over = 0, float("inf"), False
+    lost, until, is_over, detaches = 0, float("inf"), False, False
     while not is_over or to_screen:
         poll = select.poll()
         if not is_over:
@@ -185,11 +188,15 @@ def relay(
             ended = successor()
             if ended is None:
                 # What it said last is still on its way.
+                detaches = False
                 until = time.monotonic() + _LAST_WORDS
         if keys is not None and keys in ready:
             typed = _read(keys)
             if typed == b"":
+                # Nobody types any more. The answer to what was typed last is still shown.
                 keys = None
+                detaches = True
+                until = min(until, time.monotonic() + _LAST_WORDS)
             before, found, _ = (typed or b"").partition(escape or b"\0\0")
             to_guest += before if types else b""
             if found:
@@ -199,7 +206,7 @@ def relay(
         if ready.get(source, 0) & ~select.POLLOUT:
             data = _read(source)
             is_over = data == b""
-            to_screen += data or b""
+            to_screen += clean(data or b"")
             if len(to_screen) > SCREEN_MAX:
                 lost += len(to_screen) - SCREEN_MAX
                 del to_screen[: len(to_screen) - SCREEN_MAX]
@@ -210,7 +217,7 @@ def relay(
                 to_screen[:0] = b"\r\n[%d bytes were not shown in time]\r\n" % lost
                 lost = 0
             del to_screen[: os.write(screen, to_screen[:_PIECE])]
-    return ENDED
+    return DETACHED if detaches and not is_over else ENDED
 
 
 def _read(source: int) -> bytes | None:
@@ -244,9 +251,17 @@ def has_process(vm: str) -> bool:
 
 
 def show_before(vm: Running, lines: int) -> None:
-    """Show the last lines that the journal has of the console, since the VM's start."""
+    """Show the last lines that the journal has of the console, since the VM's start.
+
+    They are without what commands a terminal: the guest's questions were answered already.
+    """
     if lines:
-        subprocess.run(_journalctl(vm, lines), stdin=subprocess.DEVNULL, check=False)
+        found = subprocess.run(
+            _journalctl(vm, lines), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=False
+        )
+        clean = terminal_text.Lines()
+        sys.stdout.buffer.write(clean(found.stdout) + clean.rest())
+        sys.stdout.flush()
 
 
 def attach(guest: socket.socket, escape: bytes | None) -> str:
@@ -258,8 +273,12 @@ def attach(guest: socket.socket, escape: bytes | None) -> str:
         return relay(guest.fileno(), types=True, escape=key)
 
 
-def follow(vm: Running, lines: int, escape: bytes | None) -> str:
-    """Show whole lines from the journal; gives DETACHED or ENDED."""
+def follow(vm: Running, lines: int, escape: bytes | None, *, ends_with_input: bool = False) -> str:
+    """Show whole lines from the journal; gives DETACHED or ENDED.
+
+    Args:
+        ends_with_input: the end of an input that is no terminal ends it, too.
+    """
     main = _Process(vm.name)
     reader = subprocess.Popen(
         [*_journalctl(vm, lines), "--follow"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
@@ -271,7 +290,8 @@ def follow(vm: Running, lines: int, escape: bytes | None) -> str:
                 reader.stdout.fileno(),
                 types=False,
                 escape=escape,
-                keys=0 if os.isatty(0) else None,
+                keys=0 if os.isatty(0) or ends_with_input else None,
+                clean=terminal_text.Lines(),
                 ended=main.next(),
                 successor=main.next,
             )

@@ -91,7 +91,7 @@ def _be_on_console(
         finally:
             keyboard.close()
     _say(f"{vm}: read-only{reason}{how}")
-    return console.follow(found, lines, key)
+    return console.follow(found, lines, key, ends_with_input=not read_only)
 
 
 def _because(package: runner.Package) -> str:

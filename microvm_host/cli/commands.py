@@ -535,7 +535,7 @@ def logs(vm: str, arguments: tuple[str, ...]) -> None:
     Further arguments are journalctl's: -f follows, -b is this boot, -n 20 the last 20 lines.
     """
     _existing(vm)
-    jobs.become_journalctl(vm, arguments)
+    jobs.show_journal(vm, arguments)
 
 
 @microvm.command()
@@ -688,14 +688,10 @@ def _confirmed(question: str) -> bool:
 
 def _as_root() -> None:
     if os.geteuid() != 0:
-        raise MicrovmHostError(_sudo())
+        raise MicrovmHostError("this needs root", hint=f"sudo microvm {shlex.join(sys.argv[1:])}")
 
 
 def _existing(vm: str) -> None:
     listing.require(vm, HOST)
     if state.pointed_to(HOST.current(vm)) is None and not os.access(HOST.vm(vm), os.X_OK):
-        raise MicrovmHostError("cannot be read", path=HOST.vm(vm), hint=_sudo())
-
-
-def _sudo() -> str:
-    return f"this needs root: sudo microvm {shlex.join(sys.argv[1:])}"
+        raise MicrovmHostError("cannot be read", path=HOST.vm(vm), hint="this needs root")

@@ -8,8 +8,9 @@ import shlex
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
-from .. import listing, names, systemd, vsock
+from .. import listing, names, systemd, terminal_text, vsock
 from ..errors import EXIT_CONFIG, MicrovmHostError, PackageError
 
 TYPE_CHECKING = False
@@ -48,6 +49,8 @@ CONFINEMENT = (
 # What it ends before when the host shuts down; the same test.
 AFTER = ("network.target", "remote-fs.target")
 _DOING = {"start": "starting", "stop": "stopping", "restart": "restarting"}
+# systemctl's words where polkit does not allow it.
+_REFUSALS = ("Access denied", "authentication required")
 _GONE_WITHIN = 30.0  # seconds
 
 
@@ -85,6 +88,8 @@ def run(verb: str, vms: Sequence[str]) -> None:
         progress.clear()
     # A stop that ended in force is a stop to systemctl; the unit has it as a failure.
     if job.returncode or (verb == "stop" and "failed" in systemd.states(*running).values()):
+        if os.geteuid() != 0 and any(word in complaint for word in _REFUSALS):
+            raise MicrovmHostError("this needs root", hint=f"sudo microvm {verb} {' '.join(vms)}")
         sys.stderr.write(reasons(vms, since) or complaint)
         kind = PackageError if is_wrong_package(vms) else MicrovmHostError
         raise kind(
@@ -265,12 +270,14 @@ def _for_ssh(word: str) -> str:
     return shlex.quote(word).replace("%", "%%")
 
 
-def become_journalctl(vm: str, arguments: Sequence[str]) -> NoReturn:
-    """Become journalctl, for a VM and all that belongs to it."""
+def show_journal(vm: str, arguments: Sequence[str]) -> NoReturn:
+    """Show the journal of a VM and all that belongs to it, and exit as journalctl does."""
     units = [names.unit(vm), *names.set_up_units(vm)]
     units += [f"microvm-machined@{vm}.service"]
     units += [f"install-microvm@{vm}.service", f"microvm-virtiofsd-{names.escape(vm)}-*"]
-    _become(["journalctl", *(f"--unit={unit}" for unit in units), *arguments])
+    # --all: lines with colours, too, which would be "[735B blob data]" otherwise.
+    argv = ["journalctl", "--all", *(f"--unit={unit}" for unit in units), *arguments]
+    sys.exit(_run_cleaned(argv, has_pager=not {"-f", "--follow", "--no-pager"} & {*arguments}))
 
 
 def readiness(vm: str) -> str:
@@ -285,7 +292,64 @@ def readiness(vm: str) -> str:
 
 def show_unit(vm: str) -> int:
     """Print `systemctl status` of a VM; gives its exit code, 3 for one that does not run."""
-    return subprocess.run(["systemctl", "status", "--", names.unit(vm)]).returncode
+    return _run_cleaned(["systemctl", "status", "--all", "--", names.unit(vm)], has_pager=False)
+
+
+def _run_cleaned(argv: Sequence[str], *, has_pager: bool) -> int:
+    """Run a program that shows what guests said, without what commands a terminal.
+
+    Args:
+        has_pager: on a terminal, the program's output goes through a pager.
+    """
+    environment = dict(os.environ)
+    is_terminal = sys.stdout.isatty()
+    if is_terminal and not environment.get("NO_COLOR"):
+        # To a pipe it would write none.
+        environment.setdefault("SYSTEMD_COLORS", "1")
+    pager = _start_pager() if is_terminal and has_pager else None
+    sink = sys.stdout.buffer if pager is None or pager.stdin is None else pager.stdin
+    clean = terminal_text.Lines()
+    words = [argv[0], "--no-pager", *argv[1:]]
+    try:
+        source = subprocess.Popen(words, stdout=subprocess.PIPE, env=environment)
+    except FileNotFoundError as error:
+        raise MicrovmHostError(f"this host has no {argv[0]}") from error
+    code = 0
+    with source:
+        assert source.stdout is not None
+        try:
+            while data := os.read(source.stdout.fileno(), 65536):
+                sink.write(clean(data))
+                sink.flush()
+            sink.write(clean.rest())
+            sink.flush()
+            code = source.wait()
+        except KeyboardInterrupt:
+            # So one leaves what follows.
+            source.terminate()
+            code = 130
+        except BrokenPipeError:
+            source.terminate()
+            if pager is None:
+                raise
+    if pager is not None:
+        with suppress(BrokenPipeError):
+            sink.close()
+        pager.wait()
+    return code
+
+
+def _start_pager() -> subprocess.Popen[bytes] | None:
+    """What systemd's own programs would take for one; None without any."""
+    wanted = os.environ.get("SYSTEMD_PAGER", os.environ.get("PAGER", "less"))
+    if wanted in ("", "cat"):
+        return None
+    # As systemctl(1) sets it: only colours reach the terminal as they are.
+    environment = {**os.environ, "LESS": os.environ.get("SYSTEMD_LESS", "FRSXMK")}
+    try:
+        return subprocess.Popen(shlex.split(wanted), stdin=subprocess.PIPE, env=environment)
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def disable(vm: str) -> None:

@@ -32,6 +32,7 @@ LAYERS: tuple[set[str], ...] = (
         "interpreter",
         "process",
         "record",
+        "terminal_text",
         "source",
         "state",
         "sysfs",

@@ -229,6 +229,18 @@ def test_relay_without_an_escape_sends_each_byte() -> None:
     assert relay.end() == console.ENDED
 
 
+def test_relay_ends_with_its_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of /dev/null, or of a pipe; the answer to what was typed last is shown."""
+    monkeypatch.setattr(console, "_LAST_WORDS", 0.5)
+    relay = Relay(escape=None)
+    os.write(relay.keyboard, b"ls\r")
+    os.close(relay.keyboard)
+    assert relay.guest.recv(100) == b"ls\r"
+    relay.guest.sendall(b"file")
+    assert os.read(relay.screen, 100) == b"file"
+    assert relay.end() == console.DETACHED
+
+
 def test_relay_shows_the_last_words() -> None:
     relay = Relay()
     relay.guest.sendall(b"x" * 100_000 + b"bye")

@@ -232,7 +232,7 @@ def test_what_only_qemu_has(
     vm = attach.Running("web", host.vm("web"), package, os.getuid(), os.getgid(), "me")
     monkeypatch.setattr(attach, "running", lambda name, host: vm)
     monkeypatch.setattr(console, "has_process", lambda name: True)
-    monkeypatch.setattr(console, "follow", lambda vm, lines, key: console.DETACHED)
+    monkeypatch.setattr(console, "follow", lambda vm, lines, key, **rest: console.DETACHED)
     code, _, err = run(capfd, "console", "web")
     assert code == 0
     assert f"web: read-only: its package tells of no console to type at{reason}]\n" in err
