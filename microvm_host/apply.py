@@ -115,7 +115,7 @@ def apply(
             else:
                 later.append(one)
     yield from run.bring_up(later, bring_up)
-    if declared:
+    if run.has_changed:
         install.collect(host)
 
 
@@ -146,6 +146,8 @@ class _Run:
         # Each file of the host is looked at once.
         self._looks = Looks(host)
         self._claims: Claims | None = None
+        # Whether a VM has another package now, so that a former one may be needed no more.
+        self.has_changed = False
 
     def install(self, found: Declaration) -> _Installed | Outcome:
         """Install one, and see what is to be done with it then."""
@@ -156,6 +158,7 @@ class _Run:
             )
         except MicrovmHostError as error:
             return Outcome(name, f"{name}: {error}", False, error)
+        self.has_changed |= change.is_new
         verb = ""
         if not self._runs(name):
             verb = "start" if found.autostart else ""

@@ -13,6 +13,7 @@ import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -143,6 +144,31 @@ def test_many_guests_of_one_kernel_hash_it_once(
         remove.remove(name, host)
     assert os.listdir(host.blobs) == [] == os.listdir(host.packages)
     assert os.listdir(host.build_records) == []
+
+
+def test_an_unchanged_guest_costs_a_few_stat_calls(
+    host: HostPaths, root: Path, counts: Counts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"vm{number}" for number in range(12)]
+    for name in names:
+        declare(host, root, name)
+        bring(host, name)
+    looked = []
+    stat_ = os.stat
+
+    def counted(path: Any, **more: Any) -> os.stat_result:
+        looked.append(path)
+        return stat_(path, **more)
+
+    monkeypatch.setattr(os, "stat", counted)
+    looks = build_record.Looks(host)
+    for name in names:
+        found = declaration.load(host.declaration(name))
+        assert not install.declared(found, host, dict, looks=looks).is_new
+        # The toolkit and what the guests share are looked at once for all.
+        if name == names[0]:
+            looked.clear()
+    assert len(looked) <= 8 * (len(names) - 1)
 
 
 def _replace(path: Path, text: bytes) -> None:
