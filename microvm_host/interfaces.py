@@ -13,14 +13,29 @@ from fcntl import ioctl
 from .errors import MicrovmHostError
 
 # linux/sockios.h, linux/if.h
-SIOCGIFFLAGS, SIOCSIFFLAGS, SIOCSIFNAME, SIOCGIFINDEX = 0x8913, 0x8914, 0x8923, 0x8933
-SIOCBRADDIF = 0x89A2
+SIOCGIFNAME, SIOCGIFFLAGS, SIOCSIFFLAGS, SIOCSIFMTU = 0x8910, 0x8913, 0x8914, 0x8922
+SIOCSIFNAME, SIOCSIFHWADDR, SIOCGIFINDEX = 0x8923, 0x8924, 0x8933
+SIOCBRADDIF, SIOCBRDELIF = 0x89A2, 0x89A3
+ARPHRD_ETHER = 1
 IFF_UP, IFF_ALLMULTI = 0x1, 0x200
 
 
 def interface_index(name: str) -> int:
     """The index of an interface; raises MicrovmHostError if there is none of that name."""
     return int(struct.unpack("16si20x", _interface_ioctl(SIOCGIFINDEX, name))[1])
+
+
+def main_name(name: str) -> str | None:
+    """The name by which sysfs has an interface, whose altname (ip-link(8)) may be given.
+
+    None if no interface has the name or altname.
+    """
+    try:
+        index = interface_index(name)
+        found = _interface_ioctl(SIOCGIFNAME, "", struct.pack("i", index))
+    except MicrovmHostError:
+        return None
+    return found[:16].partition(b"\0")[0].decode(errors="surrogateescape")
 
 
 def get_flags(name: str) -> int:
@@ -36,6 +51,22 @@ def set_flags(name: str, flags: int, *, clear: int = 0) -> None:
 def join_bridge(bridge: str, name: str) -> None:
     """Make an interface a port of a bridge; raises MicrovmHostError."""
     _interface_ioctl(SIOCBRADDIF, bridge, struct.pack("i", interface_index(name)))
+
+
+def leave_bridge(bridge: str, name: str) -> None:
+    """Take a port out of its bridge; raises MicrovmHostError."""
+    _interface_ioctl(SIOCBRDELIF, bridge, struct.pack("i", interface_index(name)))
+
+
+def set_mtu(name: str, mtu: int) -> None:
+    """Set the MTU of an interface; raises MicrovmHostError."""
+    _interface_ioctl(SIOCSIFMTU, name, struct.pack("i", mtu))
+
+
+def set_mac(name: str, mac: str) -> None:
+    """Give an Ethernet interface a MAC address; raises MicrovmHostError."""
+    address = bytes.fromhex(mac.replace(":", ""))
+    _interface_ioctl(SIOCSIFHWADDR, name, struct.pack("H6s", ARPHRD_ETHER, address))
 
 
 def rename(name: str, to: str) -> None:

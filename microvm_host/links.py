@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: MIT
 """Taps and macvtaps of a VM: made for its user, recorded, and deleted again.
 
-Taps are made by the ioctls of /dev/net/tun (kernel.org, networking/tuntap) and deleted by
-rtnetlink(7), both written out here, since pyroute2 takes a tenth of a second to import; macvtaps,
-which are rare and need more of netlink, use it. A link that somebody else made is never changed,
-but may be adopted if it is just what the VM needs, and then stays.
+Taps are made by the ioctls of /dev/net/tun (kernel.org, networking/tuntap), macvtaps by `netlink`,
+which also deletes both. A tap that somebody else made may be adopted if it is just what the VM
+needs; teardown then leaves it as it was found. Undo records name links by interface index: names
+and MAC addresses can be changed by others, those of an open tap or macvtap by the VM's user.
+
+Nothing that a guest sends changes the host's addresses and routes: on a plain tap the kernel takes
+no router advertisements and redirects, and lets nobody dispute the host's own addresses; on a tap
+of a bridge, and on a macvtap, the host has no IPv6. What a guest's bridge accepts is up to whoever
+made that bridge.
 """
 
 from __future__ import annotations
@@ -12,17 +17,15 @@ from __future__ import annotations
 import os
 import struct
 import time
-from _socket import AF_NETLINK, SOCK_CLOEXEC, SOCK_RAW, socket
-from errno import EBUSY, ENODEV
+from errno import EBUSY, EEXIST, EINVAL, ENODEV, EOPNOTSUPP
 from fcntl import ioctl
 
-from . import log, names, nodes
+from . import interfaces, log, names, netlink, nodes
 from .errors import MicrovmHostError
 from .frozen import frozen
-from .interfaces import IFF_ALLMULTI, IFF_UP, get_flags, interface_index, join_bridge, set_flags
-from .interpreter import add_distribution_packages
+from .interfaces import IFF_ALLMULTI, IFF_UP, get_flags, interface_index, set_flags
 from .record import holders
-from .sysfs import attribute
+from .sysfs import attribute, linked
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -41,11 +44,26 @@ IFF_TAP, IFF_NO_PI, IFF_VNET_HDR, IFF_MULTI_QUEUE = 0x0002, 0x1000, 0x4000, 0x01
 IFF_TUN_EXCL = 0x8000
 _COMPARED_FLAGS = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | IFF_MULTI_QUEUE
 
-# linux/rtnetlink.h, linux/netlink.h, linux/if_link.h
-RTM_DELLINK, RTM_SETLINK = 17, 19
-NLM_F_REQUEST, NLM_F_ACK = 1, 4
-IFLA_GROUP = 27
+# linux/netdevice.h: somebody chose the MAC address.
+_NET_ADDR_SET = "3"
+# linux/if_ether.h
+_ETHERNET_MTU = 1500
+_MTU_MAX = 65535
 
+# Settings of the kernel's IPv4 and IPv6 (kernel.org, networking/ip-sysctl).
+_REDIRECTS = "accept_redirects"
+_NO_IPV6 = (("ipv6", "disable_ipv6", "1"),)
+# The guest is no router for the host, and must not make the host's own addresses duplicates.
+_GUEST_IS_NO_ROUTER = (
+    ("ipv6", "accept_ra", "0"),
+    ("ipv6", "autoconf", "0"),
+    ("ipv6", _REDIRECTS, "0"),
+    ("ipv6", "accept_dad", "0"),
+    ("ipv4", _REDIRECTS, "0"),
+)
+
+# That of `microvm network enable`.
+READY_MADE_BRIDGE = "mvbr0"
 NODE_APPEARS_WITHIN = 2.0  # seconds
 BRIDGE_APPEARS_WITHIN = 5.0
 
@@ -80,30 +98,136 @@ class CreateTap:
             ioctl(tun, TUNSETPERSIST, 1)
         except OSError as error:
             if error.errno == EBUSY:
+                _check_no_altname(name, "the name of a tap", self.host)
                 raise MicrovmHostError(f"tap {name} was made by somebody else just now") from error
             raise MicrovmHostError(f"cannot create tap {name}: {error.strerror}") from error
         finally:
             os.close(tun)
-        if self.tap.bridge is not None:
-            join_bridge(self.tap.bridge, name)
-        set_flags(name, IFF_UP)
+        _configure(self.tap, self.host)
 
 
 @frozen
 class AdoptTap:
-    """A tap that was there before and is just what the VM needs."""
+    """A tap that was there before and is just what the VM needs.
+
+    `is_leftover` tells that an earlier run of the VM made it, and may not have configured it.
+    """
 
     tap: Tap
+    host: HostPaths
+    is_leftover: bool = False
 
     def describe(self) -> str:
-        return f"use tap {self.tap.name}, which is there already"
+        joined = f", and join it to {self.tap.bridge}" if self._has_to_join else ""
+        return f"use tap {self.tap.name}, which is there already{joined}"
+
+    @property
+    def _has_to_join(self) -> bool:
+        return self.tap.bridge is not None and _bridge_of(self.tap.name, self.host) is None
 
     def apply(self, record: Record) -> None:
-        name = self.tap.name
-        record.append("adopted", name, str(interface_index(name)))
+        name, bridge = self.tap.name, self.tap.bridge
+        index = str(interface_index(name))
+        record.append("adopted", name, index)
+        if self.is_leftover:
+            _configure(self.tap, self.host)
+            return
+        if bridge is not None and self._has_to_join:
+            device = self.host.net_device(name)
+            mtu = attribute(device, "mtu") or str(_ETHERNET_MTU)
+            record.append("joined", name, index, bridge, mtu)
+            _join(name, bridge, attribute(device, "address") or "", self.host)
         if not get_flags(name) & IFF_UP:
             record.append("raised", name)
             set_flags(name, IFF_UP)
+
+
+def _configure(tap: Tap, host: HostPaths) -> None:
+    """Prepare a tap that the toolkit made for the VM, and set it up."""
+    name = tap.name
+    # Of a bridge's ports the lowest address becomes the bridge's: this one is above all that
+    # network cards have, and none that the guest has.
+    mac = ":".join(f"{byte:02x}" for byte in b"\xfe" + os.urandom(5))
+    interfaces.set_mac(name, mac)
+    # Before it is up, so that nothing is taken from the guest meanwhile.
+    if tap.bridge is None:
+        _keep_addresses_and_routes(name, host)
+    else:
+        _write_settings(name, _NO_IPV6, host)
+    bridge = _bridge_of(name, host)
+    if bridge is not None and bridge != tap.bridge:
+        interfaces.leave_bridge(bridge, name)
+    if tap.bridge is None:
+        if tap.mtu is not None:
+            interfaces.set_mtu(name, tap.mtu)
+    elif bridge != tap.bridge:
+        _join(name, tap.bridge, mac, host)
+    set_flags(name, IFF_UP)
+
+
+def _join(name: str, bridge: str, mac: str, host: HostPaths) -> None:
+    """Make a tap a port of a bridge, whose MAC address and MTU stay as they are.
+
+    A bridge has the smallest MTU and the lowest MAC address of its ports, unless somebody chose
+    them; with its last port it would lose both.
+    """
+    device = host.net_device(bridge)
+    mtu = int(attribute(device, "mtu") or _ETHERNET_MTU)
+    own = attribute(device, "address") or ""
+    if str(mtu) != attribute(host.net_device(name), "mtu"):
+        interfaces.set_mtu(name, mtu)
+    has_ports = bool(os.listdir(f"{device}/brif"))
+    if attribute(device, "addr_assign_type") != _NET_ADDR_SET and (not has_ports or mac < own):
+        interfaces.set_mac(bridge, own)
+    if not has_ports and mtu not in (_ETHERNET_MTU, _MTU_MAX):
+        # The kernel takes an MTU for chosen when it changes.
+        interfaces.set_mtu(bridge, mtu + 1)
+        interfaces.set_mtu(bridge, mtu)
+    if bridge == READY_MADE_BRIDGE:
+        # networkd sees to router advertisements, and has no key for the rest.
+        _keep_addresses_and_routes(bridge, host)
+    interfaces.join_bridge(bridge, name)
+
+
+def _bridge_of(name: str, host: HostPaths) -> str | None:
+    """The bridge, or other interface, that an interface is a port of."""
+    return linked(host.net_device(name), "master")
+
+
+def _keep_addresses_and_routes(link: str, host: HostPaths) -> None:
+    """Have the kernel ignore what guests on a link say about the host's addresses and routes.
+
+    With IPv4, a redirect counts for any route of the host, also for one by a network card: a guest
+    could send it in the name of the host's own gateway. The kernel takes it if either the link or
+    "all" says so. "all" alone says nothing about the host's other links, which keep their own word.
+    """
+    _write_settings(link, _GUEST_IS_NO_ROUTER, host)
+    if attribute(os.path.dirname(host.ip_setting("ipv4", "all", _REDIRECTS)), _REDIRECTS) == "1":
+        _write_settings("all", (("ipv4", _REDIRECTS, "0"),), host)
+        log.notice(
+            "net.ipv4.conf.all.accept_redirects is 0 now, so that guests cannot redirect the "
+            "host's traffic; other interfaces keep their own setting"
+        )
+
+
+def _write_settings(name: str, settings: Iterable[tuple[str, str, str]], host: HostPaths) -> None:
+    for family, key, value in settings:
+        path = host.ip_setting(family, name, key)
+        try:
+            with open(path, "r+") as file:
+                file.write(value)
+        except FileNotFoundError:
+            # A kernel without IPv6.
+            pass
+        except OSError as error:
+            if attribute(os.path.dirname(path), key) == value:
+                continue
+            raise MicrovmHostError(
+                f"cannot keep the guest on {name} from changing the host's {family} addresses and "
+                f"routes: cannot write {value}: {error.strerror}",
+                path=path,
+                hint="in a container, /proc/sys/net must be writable",
+            ) from error
 
 
 def tap_flags(tap: Tap) -> int:
@@ -125,17 +249,56 @@ def plan_taps(vm: str, taps: Iterable[Tap], identity: Identity, host: HostPaths)
     """
     steps: list[Step] = []
     for tap in taps:
-        if tap.bridge is not None and not _await_bridge(f"{host.net_device(tap.bridge)}/bridge"):
-            raise MicrovmHostError(
-                f"tap {tap.name} is to join {tap.bridge}, which is no bridge of this host",
-                hint=f"create it: ip link add {tap.bridge} type bridge",
-            )
+        if tap.bridge is not None:
+            _check_bridge(tap, tap.bridge, host)
         if not os.path.isdir(host.net_device(tap.name)):
             steps.append(CreateTap(tap, identity, host))
             continue
         _check_adoptable(vm, tap, identity, host)
-        steps.append(AdoptTap(tap))
+        index = attribute(host.net_device(tap.name), "ifindex") or ""
+        made_by = holders(host.records, "tap-interfaces", ("tap", tap.name, index))
+        if vm not in made_by:
+            _check_not_on_other_bridge(tap, host)
+        steps.append(AdoptTap(tap, host, vm in made_by))
     return steps
+
+
+def _check_bridge(tap: Tap, bridge: str, host: HostPaths) -> None:
+    device = host.net_device(bridge)
+    if not os.path.isdir(device):
+        _check_no_altname(bridge, f"the bridge of tap {tap.name}", host)
+    if not _await_bridge(f"{device}/bridge"):
+        raise MicrovmHostError(
+            f"tap {tap.name} is to join {bridge}, which is no bridge of this host",
+            hint=f"create it: ip link add {bridge} type bridge",
+        )
+    mtu = int(attribute(device, "mtu") or _ETHERNET_MTU)
+    if tap.mtu is not None and tap.mtu > mtu:
+        raise MicrovmHostError(
+            f"tap {tap.name} has an MTU of {tap.mtu}, but its bridge {bridge} has {mtu} and would "
+            "drop what is larger",
+            hint=f"give the bridge that MTU: ip link set {bridge} mtu {tap.mtu}",
+        )
+
+
+def _check_no_altname(name: str, what: str, host: HostPaths) -> None:
+    """Raise MicrovmHostError for an altname (ip-link(8)), which has no directory in sysfs."""
+    main = interfaces.main_name(name)
+    if main is not None and main != name and os.path.isdir(host.net_device(main)):
+        raise MicrovmHostError(
+            f"{name}, {what}, is another name (altname) of interface {main}",
+            hint=f"write {main}, or remove the altname: ip link property del dev {main} altname "
+            f"{name}",
+        )
+
+
+def _check_not_on_other_bridge(tap: Tap, host: HostPaths) -> None:
+    bridge = _bridge_of(tap.name, host)
+    if tap.bridge is not None and bridge not in (None, tap.bridge):
+        raise MicrovmHostError(
+            f"tap {tap.name} exists and is on {bridge}, not on {tap.bridge}",
+            hint=f"take it off: ip link set {tap.name} nomaster",
+        )
 
 
 def _await_bridge(path: str) -> bool:
@@ -196,6 +359,16 @@ def undo_taps(record: Record, host: HostPaths) -> list[str]:
                 except MicrovmHostError as error:
                     if os.path.isdir(host.net_device(name)):
                         problems.append(f"cannot set {name} down: {error}")
+            case ["joined", name, index, bridge, mtu] if (
+                names.is_interface_name(name)
+                and names.is_interface_name(bridge)
+                and mtu.isdecimal()
+            ):
+                if _is_still(name, index, host):
+                    try:
+                        _leave(name, bridge, int(mtu), host)
+                    except MicrovmHostError as error:
+                        problems.append(f"cannot take {name} off {bridge} again: {error}")
             case ["tap", name, index] if names.is_interface_name(name):
                 if _is_still(name, index, host):
                     doomed[name] = int(index)
@@ -207,6 +380,14 @@ def undo_taps(record: Record, host: HostPaths) -> list[str]:
     if not problems:
         record.clear()
     return problems
+
+
+def _leave(name: str, bridge: str, mtu: int, host: HostPaths) -> None:
+    """Take an adopted tap off its bridge; it gets the MTU that it had before."""
+    if _bridge_of(name, host) == bridge:
+        interfaces.leave_bridge(bridge, name)
+    if attribute(host.net_device(name), "mtu") != str(mtu):
+        interfaces.set_mtu(name, mtu)
 
 
 def _is_still(name: str, index: str, host: HostPaths) -> bool:
@@ -221,60 +402,17 @@ def _is_still(name: str, index: str, host: HostPaths) -> bool:
 
 
 def delete(links: dict[str, int], host: HostPaths) -> list[str]:
-    """Delete links, by name with their index; gives a line for each that stayed.
-
-    One by one the kernel takes 20 ms a link, waiting each time until nobody uses it; a group of
-    links takes as long as one. So that no other link goes with them, the group's number must
-    be nobody else's.
-    """
-    connection = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, 0)
+    """Delete links, by name with their index; gives a line for each that stayed."""
     try:
-        if len(links) > 1:
-            group = _unused_group(host)
-            for index in links.values():
-                _request(connection, RTM_SETLINK, index, group)
-            _request(connection, RTM_DELLINK, 0, group)
-        else:
-            for index in links.values():
-                _request(connection, RTM_DELLINK, index, None)
+        netlink.delete_links(links.values())
     except OSError as error:
         if error.errno != ENODEV:
             log.warning(f"deleting {', '.join(links)}: {error.strerror}")
-    finally:
-        connection.close()
     return [
         f"interface {name} could not be deleted"
         for name, index in links.items()
         if attribute(host.net_device(name), "ifindex") == str(index)
     ]
-
-
-def _unused_group(host: HostPaths) -> int:
-    device = host.net_device("")
-    taken = {attribute(f"{device}{name}", "netdev_group") for name in os.listdir(device)}
-    # Above what people pick by hand; our pid keeps two helpers apart.
-    group = 0x6D000000 + os.getpid() % 0x1000000
-    while str(group) in taken:
-        group += 0x1000000
-    return group
-
-
-def _request(connection: socket, kind: int, index: int, group: int | None) -> None:
-    """Send a message about a link and take the kernel's answer.
-
-    Raises:
-        OSError: what the kernel answered; ENODEV, when setting a group, is left out, since a
-            link that has gone needs no deleting.
-    """
-    body = struct.pack("=BxHiII", 0, 0, index, 0, 0)
-    if group is not None:
-        body += struct.pack("=HHI", 8, IFLA_GROUP, group)
-    header = struct.pack("=IHHII", 16 + len(body), kind, NLM_F_REQUEST | NLM_F_ACK, 1, 0)
-    connection.send(header + body)
-    answer = connection.recv(4096)
-    (code,) = struct.unpack_from("=i", answer, 16)
-    if code and not (kind == RTM_SETLINK and -code == ENODEV):
-        raise OSError(-code, os.strerror(-code))
 
 
 @frozen
@@ -290,51 +428,42 @@ class CreateMacvtap:
         return f"create macvtap {macvtap.name} on {macvtap.link} for {self.identity.user}"
 
     def apply(self, record: Record) -> None:
-        add_distribution_packages()
-        try:
-            from pyroute2 import IPRoute, NetlinkError
-        except ImportError as error:
-            raise MicrovmHostError(
-                f"cannot import pyroute2: {error}", hint="install python3-pyroute2"
-            ) from error
         macvtap = self.macvtap
-        # Before, for the case that we are killed meanwhile: the address tells it from another's.
-        record.append("macvtap", macvtap.name, macvtap.mac)
+        link = interface_index(macvtap.link)
+        # The index is chosen here, so that it is on record before the macvtap exists: killed in
+        # between, the helper leaves nothing that is not recorded.
+        index = netlink.random_number()
+        record.append("macvtap", macvtap.name, str(index))
         try:
-            with IPRoute() as netlink:
-                netlink.link(
-                    "add",
-                    ifname=macvtap.name,
-                    kind="macvtap",
-                    link=interface_index(macvtap.link),
-                    macvtap_mode=macvtap.mode,
-                    address=macvtap.mac,
-                )
-        except (NetlinkError, OSError) as error:
-            code = getattr(error, "code", None) or getattr(error, "errno", None) or 0
+            netlink.create_macvtap(
+                macvtap.name,
+                index,
+                link=link,
+                mode=macvtap.mode,
+                mac=macvtap.mac,
+                mtu=macvtap.mtu,
+            )
+        except OSError as error:
+            if error.errno == EEXIST:
+                _check_no_altname(macvtap.name, "the name of a macvtap", self.host)
             raise MicrovmHostError(
-                f"cannot create macvtap {macvtap.name} on {macvtap.link}: {os.strerror(code)}",
-                hint="modprobe macvtap, if the kernel lacks it",
+                f"cannot create macvtap {macvtap.name} on {macvtap.link}: {error.strerror}",
+                hint=self._hint(error),
             ) from error
         # First, since udev is on its way to the node as well.
         self._hand_over_node(record)
-        self._leave_ipv6_to_the_guest()
+        # Else the host would take a link-local address from the guest's own MAC address.
+        _write_settings(macvtap.name, _NO_IPV6, self.host)
         set_flags(macvtap.name, IFF_UP | IFF_ALLMULTI)
 
-    def _leave_ipv6_to_the_guest(self) -> None:
-        # Else the host would take a link-local address from the guest's own MAC address.
-        setting = self.host.ipv6_setting(self.macvtap.name, "disable_ipv6")
-        try:
-            with open(setting, "w") as target:
-                target.write("1")
-        except FileNotFoundError:
-            # A kernel without IPv6.
-            pass
-        except OSError as error:
-            raise MicrovmHostError(
-                f"cannot switch off the host's IPv6 on {self.macvtap.name}: {error.strerror}",
-                path=setting,
-            ) from error
+    def _hint(self, error: OSError) -> str:
+        if error.errno == EOPNOTSUPP:
+            return "the kernel has no macvtaps: modprobe macvtap"
+        if error.errno == EINVAL and self.macvtap.mtu is not None:
+            return f"the MTU must not be more than that of {self.macvtap.link}"
+        if error.errno == EBUSY:
+            return f"{self.macvtap.link} is in use otherwise: as the port of a bridge, for instance"
+        return ""
 
     def _hand_over_node(self, record: Record) -> None:
         node = self.host.macvtap_node(interface_index(self.macvtap.name))
@@ -369,6 +498,7 @@ def plan_macvtaps(macvtaps: Iterable[Macvtap], identity: Identity, host: HostPat
                 hint=f"remove it: ip link del {macvtap.name}",
             )
         if not os.path.isdir(host.net_device(macvtap.link)):
+            _check_no_altname(macvtap.link, f"the interface below macvtap {macvtap.name}", host)
             raise MicrovmHostError(
                 f"macvtap {macvtap.name} is to stand on {macvtap.link}, which this host lacks",
                 hint="`ip link` lists the interfaces",
@@ -388,14 +518,9 @@ def undo_macvtaps(record: Record, host: HostPaths) -> list[str]:
                     nodes.release(kernel_name, host)
                 except MicrovmHostError as error:
                     problems.append(str(error))
-            case ["macvtap", name, mac] if names.is_interface_name(name):
-                device = host.net_device(name)
-                if not os.path.isdir(device):
-                    continue
-                if attribute(device, "address") == mac:
-                    doomed[name] = interface_index(name)
-                else:
-                    log.notice(f"{name} was made anew by somebody else and is left alone")
+            case ["macvtap", name, index] if names.is_interface_name(name):
+                if _is_still(name, index, host):
+                    doomed[name] = int(index)
             case _:
                 problems.append(str(record.strange(line)))
     problems += delete(doomed, host)

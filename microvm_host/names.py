@@ -36,6 +36,8 @@ _FILE_NAME = _ALPHANUMERIC | frozenset("_.-")
 # NAME_MAX of linux/limits.h.
 FILE_NAME_MAX = 255
 
+# What IPv4 needs, and the most that the kernel gives a tap.
+MTU_MIN, MTU_MAX = 68, 65521
 MACVTAP_MODES = ("private", "vepa", "bridge", "passthru", "source")
 
 
@@ -165,6 +167,13 @@ def mac_address(text: str) -> str:
     if set(parts) == {"00"}:
         raise NameInvalid(f"MAC address {text!r} is all zeroes")
     return ":".join(parts)
+
+
+def mtu(text: str) -> int:
+    """Check the MTU of a tap or macvtap."""
+    if not (text.isascii() and text.isdecimal() and MTU_MIN <= int(text[:6]) <= MTU_MAX):
+        raise NameInvalid(f"{text!r} is not an MTU: a number between {MTU_MIN} and {MTU_MAX}")
+    return int(text)
 
 
 def pci_address(text: str) -> str:

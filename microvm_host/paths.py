@@ -227,8 +227,9 @@ class HostPaths:
         """The sysfs directory of a network interface (sysfs-class-net(5))."""
         return self.at(f"/sys/class/net/{interface}")
 
-    def ipv6_setting(self, interface: str, key: str) -> str:
-        return self.at(f"/proc/sys/net/ipv6/conf/{interface}/{key}")
+    def ip_setting(self, family: str, interface: str, key: str) -> str:
+        """A setting of an interface (kernel.org, networking/ip-sysctl), of `ipv4` or `ipv6`."""
+        return self.at(f"/proc/sys/net/{family}/conf/{interface}/{key}")
 
     def macvtap_node(self, ifindex: int) -> str:
         return self.at(f"/dev/tap{ifindex}")

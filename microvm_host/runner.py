@@ -45,22 +45,30 @@ VSOCK_SOCKET = "notify.vsock"
 
 @frozen
 class Tap:
-    """A tap that the hypervisor opens by name; `bridge` is what the host joins it to."""
+    """A tap that the hypervisor opens by name; `bridge` is what the host joins it to.
+
+    `mtu` None is that of the bridge, or the kernel's default.
+    """
 
     name: str
     vnet_hdr: bool = True
     multi_queue: bool = False
     bridge: str | None = None
+    mtu: int | None = None
 
 
 @frozen
 class Macvtap:
-    """A macvtap `name` on the host's interface `link`, opened as `/dev/tapIFINDEX`."""
+    """A macvtap `name` on the host's interface `link`, opened as `/dev/tapIFINDEX`.
+
+    `mtu` None is that of `link`.
+    """
 
     name: str
     mac: str
     link: str
     mode: str
+    mtu: int | None = None
 
 
 @frozen
@@ -393,25 +401,36 @@ class _Reader:
         if self.text(file) is None:
             flags.add("vnet_hdr")
         found = self.names_in(f"{SHARE}/tap-interfaces", names.interface_name)
-        bridges = self._bridges(found)
+        bridges = self._by_interface("tap", "bridges", found, names.interface_name)
+        mtus = self._by_interface("tap", "mtus", found, names.mtu)
         return tuple(
-            Tap(name, "vnet_hdr" in flags, "multi_queue" in flags, bridges.get(name))
+            Tap(
+                name,
+                "vnet_hdr" in flags,
+                "multi_queue" in flags,
+                bridges.get(name),
+                mtus.get(name),
+            )
             for name in found
         )
 
-    def _bridges(self, taps: tuple[str, ...]) -> dict[str, str]:
-        file = f"{SHARE}/tap-bridges"
-        bridges = {}
+    def _by_interface(
+        self, kind: str, what: str, interfaces: tuple[str, ...], check: Callable[[str], _T]
+    ) -> dict[str, _T]:
+        """The values of the optional file KIND-WHAT, by interface; `kind` is tap or macvtap."""
+        file = f"{SHARE}/{kind}-{what}"
+        found: dict[str, _T] = {}
         for line, text in self.lines(file):
-            tap, bridge = self._columns(file, line, text, 2)
-            if tap not in taps:
-                raise PackageError(
-                    f"{tap!r} is not in tap-interfaces", path=self.at(file), line=line
-                )
-            if tap in bridges:
-                raise PackageError(f"tap {tap!r} stands here twice", path=self.at(file), line=line)
-            bridges[tap] = self.checked(file, line, bridge, names.interface_name)
-        return bridges
+            name, value = self._columns(file, line, text, 2)
+            problem = ""
+            if name not in interfaces:
+                problem = f"{name!r} is not in {kind}-interfaces"
+            elif name in found:
+                problem = f"{kind} {name!r} stands here twice"
+            if problem:
+                raise PackageError(problem, path=self.at(file), line=line)
+            found[name] = self.checked(file, line, value, check)
+        return found
 
     def check_distinct(self, taps: tuple[Tap, ...], macvtaps: tuple[Macvtap, ...]) -> None:
         """Refuse what the host could not have at once, though each file alone is right."""
@@ -460,7 +479,11 @@ class _Reader:
             if problem:
                 raise PackageError(problem, path=self.at(file), line=line)
             found[name] = macvtap
-        return tuple(found.values())
+        mtus = self._by_interface("macvtap", "mtus", tuple(found), names.mtu)
+        return tuple(
+            Macvtap(each.name, each.mac, each.link, each.mode, mtus.get(each.name))
+            for each in found.values()
+        )
 
     def pci_devices(self) -> tuple[str, ...]:
         return self.names_in(f"{SHARE}/pci-devices", names.pci_address)

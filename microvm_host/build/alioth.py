@@ -76,7 +76,7 @@ def _arguments(guest: Guest, tools: Tools, kind: str) -> Iterator[Word | str]:
         read_only = "true" if volume.read_only else "false"
         yield from ("--blk", f"file,path={image},readonly={read_only}")
     for number, interface in enumerate(guest.interfaces):
-        options = f",mac={interface.mac},mtu={_MTU}"
+        options = f",mac={interface.mac},mtu={interface.mtu or _MTU}"
         if interface.type == "macvtap":
             node = word("tap,tap=/dev/tap", macvtaps.number(guest, interface), options)
             yield from ("--net", node)

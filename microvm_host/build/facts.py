@@ -78,10 +78,12 @@ def facts(
         "tap-flags": ["vnet_hdr", *(["multi_queue"] if multi_queue else [])],
         "tap-interfaces": [each.id for each in guest.taps],
         "tap-bridges": [f"{each.id} {each.bridge}" for each in guest.taps if each.bridge],
+        "tap-mtus": [f"{each.id} {each.mtu}" for each in guest.taps if each.mtu],
         "tap-macs": [f"{each.id} {each.mac}" for each in guest.taps],
         "macvtap-interfaces": [
             f"{each.id} {each.mac} {each.link} {each.mode}" for each in guest.macvtaps
         ],
+        "macvtap-mtus": [f"{each.id} {each.mtu}" for each in guest.macvtaps if each.mtu],
         "pci-devices": [each.path for each in guest.pci_devices],
         "usb-devices": [each.path for each in guest.usb_devices],
         "machine-uuid": [guest.machine_id],

@@ -500,6 +500,8 @@ class _Machine:
             )
         # No option ROM: it would be looked for in a package that a small host lacks.
         options = [f"netdev={name}", f"mac={interface.mac}"]
+        if interface.mtu is not None:
+            options.append(f"host_mtu={interface.mtu}")
         if self._has_pcie:
             options += ["romfile="]
             if queues > 1:

@@ -58,7 +58,10 @@ class Volume:
 
 @frozen
 class Interface:
-    """A NIC. `type` is tap, macvtap, bridge or user; `vhost` None leaves it to the host."""
+    """A NIC. `type` is tap, macvtap, bridge or user; `vhost` None leaves it to the host.
+
+    `mtu` None is what the interface is joined to or on.
+    """
 
     type: str
     id: str
@@ -67,6 +70,7 @@ class Interface:
     link: str | None = None
     mode: str = "bridge"
     vhost: bool | None = None
+    mtu: int | None = None
 
     @property
     def is_tap(self) -> bool:
@@ -376,6 +380,7 @@ class _Reader:
             ("macvtap", ("macvtap",)),
             ("bridge", ("bridge", "tap")),
             ("tap", ("tap", "bridge")),
+            ("mtu", ("tap", "bridge", "macvtap")),
         ):
             if key in given and kind not in kinds:
                 raise self._wrong(
@@ -396,6 +401,7 @@ class _Reader:
             link=macvtap["link"],
             mode=macvtap["mode"],
             vhost=found["tap"]["vhost"],
+            mtu=found["mtu"],
         )
 
     def _forward(self, number: int, found: dict[str, Any]) -> Forward:

@@ -188,6 +188,13 @@ _NIC = Table(
         "bridge": Key(
             _INTERFACE, None, "The host's bridge that the tap is joined to; also for type tap."
         ),
+        "mtu": Key(
+            Number(names.MTU_MIN, names.MTU_MAX),
+            None,
+            "An addition. MTU of the interface, up to that of its bridge or of what a macvtap is "
+            "on; by default the host's side has that one, or 1500. QEMU, cloud-hypervisor and "
+            "alioth tell the guest; in others it is set by hand.",
+        ),
         "macvtap": Key(
             Table(
                 {

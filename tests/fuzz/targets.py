@@ -471,7 +471,8 @@ _PACKAGE_FILES = (
     *(
         b"share/microvm/" + name
         for name in (
-            *(b"tap-interfaces", b"tap-flags", b"tap-bridges", b"macvtap-interfaces"),
+            *(b"tap-interfaces", b"tap-flags", b"tap-bridges", b"tap-mtus"),
+            *(b"macvtap-interfaces", b"macvtap-mtus"),
             *(b"pci-devices", b"usb-devices", b"hypervisor", b"system", b"vsock-cid", b"readiness"),
             *(b"control-socket", b"control-protocol", b"machine-uuid", b"virtiofs", b"source"),
             *(b"private-files", b"temporary-files"),

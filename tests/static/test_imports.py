@@ -41,6 +41,7 @@ LAYERS: tuple[set[str], ...] = (
     {
         "bus",
         "interfaces",
+        "netlink",
         "leases",
         "log",
         "mounts",
@@ -82,7 +83,7 @@ LAYER = {module: number for number, layer in enumerate(LAYERS) for module in lay
 # Third parties, and the only modules that may import them.
 KEEPERS = {
     "pystemd": {"systemd"},
-    "pyroute2": {"links"},
+    "pyroute2": set[str](),
     "click": {"cli"},
     "lxml": set[str](),
     "argparse": set[str](),
@@ -253,7 +254,7 @@ ENDING = ours("helper.ending", "helper.settings")
 READS = ours("runner")
 LINKS = (
     SETUP
-    | ours("identity", "interfaces", "interpreter", "links", "nodes", "plan", "runner")
+    | ours("identity", "interfaces", "links", "netlink", "nodes", "plan", "runner")
     | {
         *ours("sysfs"),
         *("_struct", "fcntl", "struct", "time"),

@@ -12,6 +12,7 @@ from tests.host.container import ContainerHost
 from tests.host.fixtures import require_container
 
 from .test_init import BOOTS_WITHIN, console, log_in
+from .test_links import attack, shown, stub
 from .toolkit import Toolkit, eventually
 
 pytestmark = pytest.mark.container
@@ -95,6 +96,22 @@ def test_a_vm_gets_an_address_and_a_way_out(networked: Toolkit) -> None:
     assert "deleted mvbr0" in said
     toolkit.sh("ip link del up0; ip netns del outer")
     toolkit.await_footprint(before)
+
+
+@on("trixie", "bookworm")
+def test_a_guest_does_not_become_the_hosts_router(networked: Toolkit) -> None:
+    toolkit = networked
+    toolkit.systemctl("enable", "--now", "systemd-networkd.service")
+    toolkit.sh("microvm network enable")
+    toolkit.create(stub("rogue", bridge="mvbr0"))
+    before = shown(toolkit, "mvbr0")
+    toolkit.systemctl("start", "microvm@rogue")
+    attack(toolkit, "roguea", "mvbr0")
+    toolkit.systemctl("stop", "microvm@rogue")
+    toolkit.sh("while [ -e /sys/class/net/roguea ]; do sleep 0.05; done")
+    assert shown(toolkit, "mvbr0") == before
+    toolkit.remove("rogue")
+    toolkit.sh("microvm network disable")
 
 
 @on("trixie")

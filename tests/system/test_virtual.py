@@ -162,6 +162,35 @@ def test_udev_gives_the_macvtaps_node_to_the_vm(machine: Toolkit) -> None:
     machine.remove("its")
 
 
+# As a hypervisor that a guest has taken over may do, with the macvtap that it holds.
+CHANGE_ADDRESS = """
+import fcntl, os, struct, sys
+node = os.open(sys.argv[1], os.O_RDWR)
+address = bytes.fromhex("0200000005ff")
+fcntl.ioctl(node, 0x8924, struct.pack("16sH6s16x", b"", 1, address))
+"""
+
+
+def test_a_macvtap_whose_address_the_vm_changed_goes_as_well(machine: Toolkit) -> None:
+    machine.create(
+        Stub(
+            name="moved",
+            macvtaps=(Macvtap(name="moved0", mac="02:00:00:00:05:02", link=SPARE, mode="bridge"),),
+        )
+    )
+    before = machine.footprint()
+    # The second start would find what the first has left.
+    for _ in range(2):
+        machine.systemctl("start", "microvm@moved", timeout=120)
+        index = machine.host.read("/sys/class/net/moved0/ifindex").strip()
+        machine.host.run(["python3", "-c", CHANGE_ADDRESS, f"/dev/tap{index}"], user="microvm")
+        address = machine.host.read("/sys/class/net/moved0/address").strip()
+        assert address == "02:00:00:00:05:ff"
+        machine.systemctl("stop", "microvm@moved", timeout=120)
+        machine.await_footprint(before, timeout=60)
+    machine.remove("moved")
+
+
 def test_udev_understands_the_rules(machine: Toolkit) -> None:
     told = machine.sh("udevadm verify /usr/local/lib/udev/rules.d/49-microvm-host.rules 2>&1")
     assert "Success: 1" in told, told

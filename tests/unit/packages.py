@@ -65,10 +65,16 @@ def write(directory: Path, package: Package) -> Path:
     _lines(
         directory, "tap-bridges", [f"{tap.name} {tap.bridge}" for tap in package.taps if tap.bridge]
     )
+    _lines(directory, "tap-mtus", [f"{tap.name} {tap.mtu}" for tap in package.taps if tap.mtu])
     _lines(
         directory,
         "macvtap-interfaces",
         [f"{each.name} {each.mac} {each.link} {each.mode}" for each in package.macvtaps],
+    )
+    _lines(
+        directory,
+        "macvtap-mtus",
+        [f"{each.name} {each.mtu}" for each in package.macvtaps if each.mtu],
     )
     _lines(directory, "pci-devices", list(package.pci_devices))
     for share in package.shares:

@@ -217,7 +217,7 @@ EXAMPLES: dict[str, dict[str, str]] = {
 # This project's additions, which microvm.nix does not write (docs/runner-package.md).
 ADDITIONS = {"control-protocol", "control-socket", "event-log", "machine-uuid", "readiness"} | {
     *("agent-socket", "console-socket", "image-sources", "notify-socket", "private-files"),
-    *("tap-bridges", "tap-macs", "temporary-files"),
+    *("tap-bridges", "tap-macs", "tap-mtus", "macvtap-mtus", "temporary-files"),
     *("read-only", "cache", "posix-acl", "extra-args"),
 }
 

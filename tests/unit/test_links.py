@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import os
+import struct
 from pathlib import Path
 
 import pytest
 
-from microvm_host import interfaces, links, log, nodes
+from microvm_host import interfaces, links, log, netlink, nodes
 from microvm_host.errors import MicrovmHostError
 from microvm_host.identity import Identity
 from microvm_host.links import AdoptTap, CreateMacvtap, CreateTap
@@ -75,14 +76,14 @@ def test_tap_that_is_just_right(host: HostPaths) -> None:
     tap(host, "a")
     tap(host, "b", "0x5102", group=-1)
     steps = links.plan_taps("web", [Tap("a"), Tap("b", multi_queue=True)], NOBODY, host)
-    assert steps == [AdoptTap(Tap("a")), AdoptTap(Tap("b", multi_queue=True))]
+    assert steps == [AdoptTap(Tap("a"), host), AdoptTap(Tap("b", multi_queue=True), host)]
     assert steps[0].describe() == "use tap a, which is there already"
 
 
 def test_flags_that_do_not_matter(host: HostPaths) -> None:
     # IFF_PERSIST, which the kernel adds.
     tap(host, "a", "0x5802")
-    assert links.plan_taps("web", [Tap("a")], NOBODY, host) == [AdoptTap(Tap("a"))]
+    assert links.plan_taps("web", [Tap("a")], NOBODY, host) == [AdoptTap(Tap("a"), host)]
 
 
 @pytest.mark.parametrize(
@@ -134,10 +135,57 @@ def test_tap_of_another_vm(host: HostPaths, verb: str) -> None:
 
 
 def test_tap_of_this_vm(host: HostPaths) -> None:
-    # Left of a run whose end was not tidy.
+    # Left of a run whose end was not tidy: it may not have been configured to the end.
     tap(host, "a")
     Record(host.record("web", "tap-interfaces")).append("tap", "a", "7")
-    assert links.plan_taps("web", [Tap("a")], NOBODY, host) == [AdoptTap(Tap("a"))]
+    (step,) = links.plan_taps("web", [Tap("a")], NOBODY, host)
+    assert step == AdoptTap(Tap("a"), host, is_leftover=True)
+
+
+def port(host: HostPaths, name: str, bridge: str) -> None:
+    """Make a made-up interface a port of a made-up bridge."""
+    os.symlink(f"../{bridge}", f"{host.net_device(name)}/master")
+
+
+def test_tap_that_has_to_join_its_bridge(host: HostPaths) -> None:
+    interface(host, "br0", bridge="")
+    for name in ("a", "b"):
+        tap(host, name)
+    port(host, "b", "br0")
+    steps = links.plan_taps("web", [Tap("a", bridge="br0"), Tap("b", bridge="br0")], NOBODY, host)
+    assert [step.describe() for step in steps] == [
+        "use tap a, which is there already, and join it to br0",
+        "use tap b, which is there already",
+    ]
+
+
+def test_tap_on_another_bridge(host: HostPaths) -> None:
+    for name in ("br0", "br1"):
+        interface(host, name, bridge="")
+    tap(host, "a")
+    port(host, "a", "br1")
+    with pytest.raises(MicrovmHostError, match="tap a exists and is on br1, not on br0") as caught:
+        links.plan_taps("web", [Tap("a", bridge="br0")], NOBODY, host)
+    assert caught.value.hint == "take it off: ip link set a nomaster"
+
+
+def test_tap_of_a_larger_mtu_than_its_bridge(host: HostPaths) -> None:
+    interface(host, "br0", bridge="", mtu="1500")
+    assert links.plan_taps("web", [Tap("a", bridge="br0", mtu=1400)], NOBODY, host)
+    with pytest.raises(MicrovmHostError, match="has an MTU of 9000, but its bridge br0 has 1500"):
+        links.plan_taps("web", [Tap("a", bridge="br0", mtu=9000)], NOBODY, host)
+
+
+def test_altnames_are_told(host: HostPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sysfs has no directory for them, and the kernel takes no interface of such a name."""
+    monkeypatch.setattr(interfaces, "main_name", lambda name: {"enp1s0": "eth0"}.get(name))
+    interface(host, "eth0")
+    with pytest.raises(MicrovmHostError, match="enp1s0, the bridge of tap a, is another") as caught:
+        links.plan_taps("web", [Tap("a", bridge="enp1s0")], NOBODY, host)
+    assert caught.value.hint.startswith("write eth0, or remove the altname: ip link property")
+    macvtap = Macvtap("m", MACVTAP.mac, "enp1s0", "vepa")
+    with pytest.raises(MicrovmHostError, match=r"below macvtap m, is another .* interface eth0"):
+        links.plan_macvtaps([macvtap], NOBODY, host)
 
 
 @pytest.mark.parametrize("exists", [False, True])
@@ -244,7 +292,8 @@ def test_undo_of_what_never_happened(host: HostPaths, said: list[str]) -> None:
         (links.undo_taps, "tap-interfaces", ("tap", "mvh-no-such", "7")),
         (links.undo_taps, "tap-interfaces", ("adopted", "mvh-no-such", "7")),
         (links.undo_taps, "tap-interfaces", ("raised", "mvh-no-such")),
-        (links.undo_macvtaps, "macvtap-interfaces", ("macvtap", "mvh-no-such", MACVTAP.mac)),
+        (links.undo_taps, "tap-interfaces", ("joined", "mvh-no-such", "7", "br0", "1500")),
+        (links.undo_macvtaps, "macvtap-interfaces", ("macvtap", "mvh-no-such", "7")),
         (links.undo_macvtaps, "macvtap-interfaces", ("node", "tap7")),
     ):
         record = Record(host.record("web", what))
@@ -260,9 +309,9 @@ def test_undo_leaves_what_somebody_else_made(host: HostPaths, said: list[str]) -
     record.append("tap", "mvh-no-such", "6")
     assert links.undo_taps(record, host) == []
 
-    interface(host, "mvh-no-mac", address="02:00:00:00:00:99")
+    interface(host, "mvh-no-mac", address=MACVTAP.mac)
     record = Record(host.record("web", "macvtap-interfaces"))
-    record.append("macvtap", "mvh-no-mac", MACVTAP.mac)
+    record.append("macvtap", "mvh-no-mac", "6")
     assert links.undo_macvtaps(record, host) == []
     assert said == [
         f"{name} was made anew by somebody else and is left alone"
@@ -273,7 +322,7 @@ def test_undo_leaves_what_somebody_else_made(host: HostPaths, said: list[str]) -
 def test_node_of_a_macvtap_that_has_gone_is_released(host: HostPaths) -> None:
     record = Record(host.record("web", "macvtap-interfaces"))
     for number, name in ((7, "mvh-no-such"), (8, "mvh-neither")):
-        record.append("macvtap", name, MACVTAP.mac)
+        record.append("macvtap", name, str(number))
         record.append("node", f"tap{number}")
         nodes.claim(f"tap{number}", NOBODY, host)
     nodes.claim("tap9", NOBODY, host)
@@ -292,12 +341,12 @@ def test_node_that_cannot_be_released_keeps_nothing_else(
         deleted.extend(doomed)
         return []
 
-    monkeypatch.setattr(links, "interface_index", lambda _: 7)
     monkeypatch.setattr(links, "delete", delete)
-    interface(host, "m0", address=MACVTAP.mac)
+    # The VM's user, who may open its node, has given it another address.
+    interface(host, "m0", address="02:00:00:00:00:99")
     os.makedirs(host.node_owner("tap7"))
     record = Record(host.record("web", "macvtap-interfaces"))
-    record.append("macvtap", "m0", MACVTAP.mac)
+    record.append("macvtap", "m0", "7")
     record.append("node", "tap7")
     (problem,) = links.undo_macvtaps(record, host)
     assert "cannot be released" in problem
@@ -309,12 +358,14 @@ def test_undo_names_what_stays(
     host: HostPaths, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The kernel answers, but the interfaces are still there.
-    asked: list[tuple[int, int, int | None]] = []
+    asked: list[tuple[int, int, bytes]] = []
     monkeypatch.setattr(
-        links, "_request", lambda _, kind, index, group: asked.append((kind, index, group))
+        netlink,
+        "request",
+        lambda _, kind, index, attributes=b"": asked.append((kind, index, attributes)),
     )
     for name, index in (("a", "11"), ("b", "12")):
-        interface(host, name, ifindex=index, netdev_group="0")
+        interface(host, name, ifindex=index)
     record = Record(host.record("web", "tap-interfaces"))
     record.append("tap", "a", "11")
     record.append("tap", "b", "12")
@@ -326,29 +377,24 @@ def test_undo_names_what_stays(
     group = asked[0][2]
     # Two at one stroke, by a group that is nobody else's.
     assert asked == [(19, 12, group), (19, 11, group), (17, 0, group)]
-    assert group and group >= 0x6D000000
+    length, kind, number = struct.unpack("=HHI", group)
+    assert (length, kind) == (8, 27) and 2**30 <= number < 2**31
 
 
 def test_one_tap_is_deleted_by_its_index(host: HostPaths, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[int, int, int | None]] = []
+    asked: list[tuple[int, int]] = []
 
-    def request(_: object, kind: int, index: int, group: int | None) -> None:
-        asked.append((kind, index, group))
+    def request(_: object, kind: int, index: int) -> None:
+        asked.append((kind, index))
         os.rename(host.net_device("a"), host.at("/gone"))
 
-    monkeypatch.setattr(links, "_request", request)
+    monkeypatch.setattr(netlink, "request", request)
     tap(host, "a")
     record = Record(host.record("web", "tap-interfaces"))
     record.append("tap", "a", "7")
     assert links.undo_taps(record, host) == []
-    assert asked == [(17, 7, None)]
+    assert asked == [(17, 7)]
     assert record.read() == []
-
-
-def test_group_of_somebody_else_is_not_used(host: HostPaths) -> None:
-    ours = 0x6D000000 + os.getpid() % 0x1000000
-    interface(host, "eth0", netdev_group=str(ours))
-    assert links._unused_group(host) == ours + 0x1000000
 
 
 # ---- the kernel's word, for which no right is needed
@@ -376,13 +422,12 @@ def test_undo_of_lines_that_nobody_writes(host: HostPaths, monkeypatch: pytest.M
         return []
 
     monkeypatch.setattr(links, "delete", delete)
-    interface(host, "a", address="02:00:00:00:00:01")
-    monkeypatch.setattr(links, "interface_index", lambda name: 7)
+    interface(host, "a")
     strange = [["tap"], ["tap", "a"], ["tap", "../a", "7"], ["x", "a", "7"]]
     strange += [["raised", "a b"], [""]]
     for what, undo, right in (
         ("tap-interfaces", links.undo_taps, ["tap", "a", "7"]),
-        ("macvtap-interfaces", links.undo_macvtaps, ["macvtap", "a", "02:00:00:00:00:01"]),
+        ("macvtap-interfaces", links.undo_macvtaps, ["macvtap", "a", "7"]),
     ):
         record = Record(host.record("web", what))
         for line in (*strange, right):

@@ -49,8 +49,8 @@ def test_least(package: Path) -> None:
 def test_everything(tmp_path: Path) -> None:
     whole = Package(
         path=str(tmp_path),
-        taps=(Tap("vm0", multi_queue=True), Tap("vm1", multi_queue=True, bridge="br0")),
-        macvtaps=(Macvtap("m0", "02:00:00:00:00:01", "eth0", "bridge"),),
+        taps=(Tap("vm0", multi_queue=True), Tap("vm1", multi_queue=True, bridge="br0", mtu=1400)),
+        macvtaps=(Macvtap("m0", "02:00:00:00:00:01", "eth0", "bridge", 9000),),
         shares=(
             Share("ro", "/srv", "ro.sock", options_given=True, read_only=True, cache="never"),
             Share(

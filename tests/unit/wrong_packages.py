@@ -142,6 +142,8 @@ def _many_shares(package: Path) -> None:
 TAPS = f"{SHARE}/tap-interfaces"
 FLAGS = f"{SHARE}/tap-flags"
 BRIDGES = f"{SHARE}/tap-bridges"
+MTUS = f"{SHARE}/tap-mtus"
+MACVTAP_MTUS = f"{SHARE}/macvtap-mtus"
 MACVTAPS = f"{SHARE}/macvtap-interfaces"
 PCI = f"{SHARE}/pci-devices"
 VIRTIOFS = f"{SHARE}/virtiofs"
@@ -244,7 +246,19 @@ CASES = (
         2,
     ),
     Case("bridge-name", both(holds(TAPS, "a\n"), holds(BRIDGES, "a br%d\n")), "'br%d'", BRIDGES, 1),
+    Case("mtu-no-tap", both(holds(TAPS, "a\n"), holds(MTUS, "b 9000\n")), "'b'", MTUS, 1),
+    Case("mtu-word", both(holds(TAPS, "a\n"), holds(MTUS, "a jumbo\n")), "'jumbo' is", MTUS, 1),
+    Case("mtu-small", both(holds(TAPS, "a\n"), holds(MTUS, "a 67\n")), "68 and 65521", MTUS, 1),
+    Case("mtu-large", both(holds(TAPS, "a\n"), holds(MTUS, "a 65522\n")), "65521", MTUS, 1),
+    Case("mtu-long", both(holds(TAPS, "a\n"), holds(MTUS, f"a 1{'0' * 999}\n")), "MTU", MTUS, 1),
     # Macvtaps.
+    Case(
+        "macvtap-mtu-no-macvtap",
+        both(holds(MACVTAPS, f"m {MAC} eth0 bridge\n"), holds(MACVTAP_MTUS, "n 9000\n")),
+        "'n' is not in macvtap-interfaces",
+        MACVTAP_MTUS,
+        1,
+    ),
     Case(
         "macvtap-also-tap",
         both(holds(TAPS, "same\n"), holds(MACVTAPS, f"same {MAC} eth0 bridge\n")),
