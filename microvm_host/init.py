@@ -12,6 +12,7 @@ import time
 import tomllib
 
 from . import declaration, install, names, network, state, systemd
+from .declaration import derived
 from .errors import MicrovmHostError, UsageError
 from .frozen import frozen
 from .guests import archives, bootstrap, debian, kernel, keys, small, template
@@ -99,6 +100,7 @@ def _small(wish: Wish, host: HostPaths, say: Callable[[str], object]) -> templat
         kernel_params=("quiet", f"hostname={wish.name}"),
         mem=wish.mem or MEM_DEFAULT[SMALL],
         bridge=_bridge(host),
+        mac=_mac(wish.name, host),
     )
 
 
@@ -147,10 +149,15 @@ def _debian(wish: Wish, host: HostPaths, say: Callable[[str], object]) -> templa
         kernel_params=(f"root=LABEL={debian.LABEL}", "rw", "quiet"),
         mem=wish.mem or MEM_DEFAULT[DEBIAN],
         bridge=bridge,
+        mac=_mac(wish.name, host),
         disk=template.Disk(DISK, wish.disk or DISK_DEFAULT, debian.LABEL, archive.root),
         login=template.Login(user, lines),
         vsock=has_vsock,
     )
+
+
+def _mac(name: str, host: HostPaths) -> str:
+    return derived.mac(name, template.interface(name), derived.host_id(host.machine_id))
 
 
 def _bridge(host: HostPaths) -> str | None:

@@ -459,9 +459,12 @@ def _plan(
     """What a declaration asks for; raises MicrovmHostError."""
     from . import taken
     from .build import declared
+    from .declaration import derived
 
     claims = taken.gather(host) if others is None else others()
-    return declared.plan(path, claims, inputs=inputs or Inputs(host))
+    return declared.plan(
+        path, claims, inputs=inputs or Inputs(host), host_id=derived.host_id(host.machine_id)
+    )
 
 
 def would_be(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 
 from . import leases, names, runner, state
-from .declaration import claims
+from .declaration import claims, derived
 from .errors import MicrovmHostError
 
 TYPE_CHECKING = False
@@ -26,11 +26,12 @@ def gather(host: HostPaths) -> Claims:
     """What the VMs of this host claim; what is broken claims nothing."""
     found: Claims = {}
     guests = set()
+    host_id = derived.host_id(host.machine_id)
     for name, table in claims.tables(host.declarations):
         # Others are declared by where their packages come from.
         if not {"runner", "flake"} & table.keys():
             guests.add(name)
-            _add(found, name, claims.of(name, table))
+            _add(found, name, claims.of(name, table, host_id))
     try:
         present = sorted(os.listdir(host.state))
     except OSError:

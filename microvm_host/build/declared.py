@@ -41,6 +41,7 @@ def plan(
     others: Claims | None = None,
     tools: Callable[[Guest], Tools] | None = None,
     inputs: Inputs | None = None,
+    host_id: str = "",
 ) -> Plan:
     """What a declaration asks for.
 
@@ -49,6 +50,7 @@ def plan(
         others: what the VMs of this host claim.
         tools: looks for what building takes, in place of `find`.
         inputs: is told of all that was looked at.
+        host_id: the machine-id of the host that the package is for.
 
     Raises:
         DeclarationError: it is wrong, or asks for what cannot be done.
@@ -56,7 +58,7 @@ def plan(
     """
     if inputs is not None:
         _see(path, inputs)
-    guest, read = guests.load(path, others)
+    guest, read = guests.load(path, others, host_id)
     if inputs is not None and not set(read.files) <= inputs.stamps.keys():
         # A drop-in that came in between.
         inputs.is_settled = False
@@ -69,10 +71,13 @@ def plan(
 
 
 def tree(
-    path: str, others: Claims | None = None, tools: Callable[[Guest], Tools] | None = None
+    path: str,
+    others: Claims | None = None,
+    tools: Callable[[Guest], Tools] | None = None,
+    host_id: str = "",
 ) -> Tree:
     """The package of a declared guest; raises as `plan`."""
-    return plan(path, others, tools).tree
+    return plan(path, others, tools, host_id=host_id).tree
 
 
 def _see(path: str, inputs: Inputs) -> None:

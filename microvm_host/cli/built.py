@@ -22,8 +22,9 @@ _SHORT = 12
 def build(path: str, output: str) -> None:
     """Write the package of a declaration into a directory; raises MicrovmHostError."""
     from ..build import declared
+    from ..declaration import derived
 
-    declared.tree(path).write(output)
+    declared.tree(path, host_id=derived.host_id(HostPaths().machine_id)).write(output)
 
 
 def command_line(vm: str, host: HostPaths) -> list[str]:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 MAC, CID, INTERFACE = "MAC address", "vsock CID", "interface"
 
 
-def of(name: str, table: dict[str, Any]) -> Iterator[Claim]:
+def of(name: str, table: dict[str, Any], host_id: str = "") -> Iterator[Claim]:
     """What one declaration claims, given or derived; what is wrong in it claims nothing."""
     if "vsock" in table:
         vsock = table["vsock"]
@@ -42,7 +42,8 @@ def of(name: str, table: dict[str, Any]) -> Iterator[Claim]:
             continue
         yield INTERFACE, each["id"]
         try:
-            yield MAC, names.mac_address(each.get("mac") or derived.mac(name, each["id"]))
+            mac = each.get("mac") or derived.mac(name, each["id"], host_id)
+            yield MAC, names.mac_address(mac)
         except (NameInvalid, AttributeError):
             continue
 

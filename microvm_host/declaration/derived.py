@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""What a declaration leaves out and is made of names: the same each time, and on each host.
+"""What a declaration leaves out and is derived from names: the same each time on one host.
 
-Whether somebody else has it already is for `claims` to find out.
+Two hosts may have a VM of the same name on one network, so that MAC addresses and machine IDs are
+also derived from the host's machine-id(5), which a hash keeps secret. Others are not: a vsock CID
+is known to its host alone, and another instance ID would have cloud-init set up a guest again that
+was moved.
+
+Whether somebody else has a value already is for `claims` to find out.
 """
 
 from __future__ import annotations
@@ -15,9 +20,22 @@ _CID_LOWEST = 1 << 16
 _CID_HIGHEST = (1 << 31) - 1
 
 
-def mac(vm: str, interface: str) -> str:
-    """A MAC address: locally administered, and no multicast address (IEEE 802, 8.2)."""
-    digest = sha256(f"mac\0{vm}\0{interface}".encode()).digest()
+def host_id(path: str) -> str:
+    """The host's machine-id, from its file; empty for a host without one."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read(64).strip()
+    except FileNotFoundError:
+        return ""
+
+
+def mac(vm: str, interface: str, host: str = "") -> str:
+    """A MAC address: locally administered, and no multicast address (IEEE 802, 8.2).
+
+    Args:
+        host: the host's ID.
+    """
+    digest = sha256(_on(host, f"mac\0{vm}\0{interface}")).digest()
     return ":".join(f"{byte:02x}" for byte in (0x02, *digest[:5]))
 
 
@@ -27,12 +45,17 @@ def cid(vm: str) -> int:
     return _CID_LOWEST + number % (_CID_HIGHEST - _CID_LOWEST + 1)
 
 
-def machine_id(vm: str) -> str:
-    """A UUID, as microvm.nix makes it of the host name (its options.nix, machineId).
+def machine_id(vm: str, host: str = "") -> str:
+    """A UUID, of no version of RFC 9562. Without a host's ID it is the one of microvm.nix.
 
-    Of no version of RFC 9562, but a guest that was made there keeps its machine ID.
+    Args:
+        host: the host's ID.
     """
-    return machine_uuid(sha256(f"microvm.nix:{vm}".encode()).hexdigest()[:32])
+    return machine_uuid(sha256(_on(host, f"microvm.nix:{vm}")).hexdigest()[:32])
+
+
+def _on(host: str, text: str) -> bytes:
+    return (f"{text}\0{host}" if host else text).encode()
 
 
 def instance_id(vm: str) -> str:

@@ -217,10 +217,13 @@ class Guest:
         return tuple(each for each in self.devices if each.bus == "usb")
 
 
-def load(path: str, others: claims.Claims | None = None) -> tuple[Guest, Document]:
+def load(
+    path: str, others: claims.Claims | None = None, host_id: str = ""
+) -> tuple[Guest, Document]:
     """Read what a declaration says of its guest.
 
     Args:
+        host_id: the host's machine-id, for what is derived from it.
         others: what the VMs of the host claim, this one included or not.
 
     Returns:
@@ -236,18 +239,19 @@ def load(path: str, others: claims.Claims | None = None) -> tuple[Guest, Documen
         raise document.error(
             (source.kind,), f"says not what the guest is like: its package comes by {source.kind}"
         )
-    reader = _Reader(name, document)
+    reader = _Reader(name, document, host_id)
     guest = reader.guest()
     if others:
-        _check_claims(name, document, others)
+        _check_claims(name, document, others, host_id)
     return guest, document
 
 
 class _Reader:
     """Makes values of one document's tables, and checks what goes beyond a single key."""
 
-    def __init__(self, name: str, document: Document) -> None:
+    def __init__(self, name: str, document: Document, host_id: str) -> None:
         self._name = name
+        self._host_id = host_id
         self._document = document
 
     def guest(self) -> Guest:
@@ -286,7 +290,7 @@ class _Reader:
         return Guest(
             name=name,
             kernel=found["kernel"],
-            machine_id=found["machineId"] or derived.machine_id(name),
+            machine_id=found["machineId"] or derived.machine_id(name, self._host_id),
             hypervisor=found["hypervisor"],
             initrd=found["initrd"],
             kernel_params=found["kernelParams"],
@@ -396,7 +400,7 @@ class _Reader:
         return Interface(
             type=kind,
             id=found["id"],
-            mac=found["mac"] or derived.mac(self._name, found["id"]),
+            mac=found["mac"] or derived.mac(self._name, found["id"], self._host_id),
             bridge=found["bridge"],
             link=macvtap["link"],
             mode=macvtap["mode"],
@@ -587,8 +591,8 @@ def _is_in_the_way(one: Forward, other: Forward) -> bool:
     return is_same and one.host_port == other.host_port
 
 
-def _check_claims(name: str, document: Document, others: claims.Claims) -> None:
-    for claim in claims.of(name, document.table):
+def _check_claims(name: str, document: Document, others: claims.Claims, host_id: str) -> None:
+    for claim in claims.of(name, document.table, host_id):
         other = claims.holder(others, claim, name)
         if other is None:
             continue
@@ -596,7 +600,7 @@ def _check_claims(name: str, document: Document, others: claims.Claims) -> None:
         at: Path = ("vsock", "cid")
         hint = "give it another by vsock.cid"
         if what != claims.CID:
-            at = _place(document.table, name, claim)
+            at = _place(document.table, name, claim, host_id)
             hint = (
                 "give it another by interfaces.mac"
                 if what == claims.MAC
@@ -605,8 +609,8 @@ def _check_claims(name: str, document: Document, others: claims.Claims) -> None:
         raise document.error(at, f"{what} {which} is that of microVM {other}", hint)
 
 
-def _place(table: dict[str, Any], name: str, claim: claims.Claim) -> Path:
+def _place(table: dict[str, Any], name: str, claim: claims.Claim, host_id: str) -> Path:
     for number, each in enumerate(table["interfaces"]):
-        if claim in claims.of(name, {"interfaces": [each]}):
+        if claim in claims.of(name, {"interfaces": [each]}, host_id):
             return ("interfaces", number, "id" if claim[0] == claims.INTERFACE else "mac")
     return ("interfaces",)

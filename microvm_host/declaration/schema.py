@@ -183,7 +183,7 @@ _NIC = Table(
             Text(names.mac_address, "^[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}$"),
             None,
             "MAC address that the guest sees; by default one that is made of the names of VM and "
-            "interface, and stays.",
+            "interface and of the host's machine-id(5), and stays.",
         ),
         "bridge": Key(
             _INTERFACE, None, "The host's bridge that the tap is joined to; also for type tap."
@@ -422,7 +422,8 @@ GUEST = Table(
         "machineId": Key(
             Text(names.machine_uuid),
             None,
-            "UUID of the machine; by default one that is made of the VM's name, and stays.",
+            "UUID of the machine; by default one that is made of the VM's name and the host's "
+            "machine-id(5), and stays.",
         ),
         "registerWithMachined": Key(
             Truth(), False, "Whether systemd-machined of the host knows the VM."

@@ -46,6 +46,8 @@ class Guest:
     kernel_params: tuple[str, ...]
     mem: int
     bridge: str | None = None
+    # The guest's MAC address on that bridge.
+    mac: str = ""
     disk: Disk | None = None
     login: Login | None = None
     vsock: bool = False
@@ -191,6 +193,8 @@ def _network(guest: Guest) -> list[str]:
             'type = "tap"',
             f"id = {_quoted(interface(guest.name))}",
             f"bridge = {_quoted(guest.bridge)}",
+            "# The guest keeps this address where the declaration is moved to another host.",
+            f"mac = {_quoted(guest.mac)}",
         ]
     return [
         "# It reaches what this host reaches, and is reached by forwarded ports alone.",

@@ -42,6 +42,21 @@ def test_derived_names_stay() -> None:
     assert derived.machine_id("web") == "dc449f31-234a-af5f-a0e8-2c21ab644d76"
 
 
+def test_hosts_derive_other_names(host: HostPaths) -> None:
+    """Two hosts have a VM of the same name on one network."""
+    assert derived.host_id(host.machine_id) == ""
+    Path(host.machine_id).parent.mkdir(parents=True)
+    Path(host.machine_id).write_text("0123456789abcdef0123456789abcdef\n")
+    found = derived.host_id(host.machine_id)
+    assert found == "0123456789abcdef0123456789abcdef"
+    # Stable, whatever version comes.
+    assert derived.mac("web", "web0", found) == "02:73:87:42:71:89"
+    assert derived.machine_id("web", found) == "f87b1fdd-a39d-960b-8e3d-508560df8049"
+    hosts = ("", found, found[::-1])
+    assert len({derived.mac("web", "web0", each) for each in hosts}) == 3
+    assert len({derived.machine_id("web", each) for each in hosts}) == 3
+
+
 def test_derived_names_are_right_and_apart() -> None:
     macs = {derived.mac(f"vm{n}", f"eth{m}") for n in range(100) for m in range(10)}
     assert len(macs) == 1000

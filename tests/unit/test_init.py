@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from microvm_host import init, install, process
+from microvm_host.declaration import derived
 from microvm_host.declaration import guest as guests
 from microvm_host.errors import MicrovmHostError, UsageError
 from microvm_host.guests import kernel, small, template
@@ -228,7 +229,14 @@ def test_a_guest_is_written_whole_or_not_at_all(
 def test_the_declaration_is_right(name: str, bridge: str | None, root: Path) -> None:
     text = template.declaration(
         template.Guest(
-            name, ("A guest.",), "/k", "/i", ("quiet", f"hostname={name}"), mem=300, bridge=bridge
+            name,
+            ("A guest.",),
+            "/k",
+            "/i",
+            ("quiet", f"hostname={name}"),
+            mem=300,
+            bridge=bridge,
+            mac="02:00:00:00:00:07",
         )
     )
     path = root / f"{name}.toml"
@@ -238,6 +246,7 @@ def test_the_declaration_is_right(name: str, bridge: str | None, root: Path) -> 
     assert guest.kernel_params == ("quiet", f"hostname={name}")
     (nic,) = guest.interfaces
     assert (nic.type, nic.bridge) == (("tap", "mvbr0") if bridge else ("user", None))
+    assert (nic.mac == "02:00:00:00:00:07") == bool(bridge)
     # So is what it proposes.
     text = re.sub(r"^# (\[\[.*|\w+ = .*|guest\.port.*)$", r"\1", text, flags=re.MULTILINE)
     path.write_text(text)
@@ -274,7 +283,11 @@ def test_a_guest_is_declared_and_installed(whole: HostPaths, installed: list[str
 def test_the_network_is_used_where_it_is(whole: HostPaths, installed: list[str]) -> None:
     os.makedirs(whole.net_device("mvbr0") + "/bridge")
     init.declare(Wish("web"), whole, nothing)
-    assert 'id = "vm-web"\nbridge = "mvbr0"' in Path(whole.declaration("web")).read_text()
+    text = Path(whole.declaration("web")).read_text()
+    assert 'id = "vm-web"\nbridge = "mvbr0"' in text
+    # Written down, so that it stays where the file is moved to another host.
+    host_id = derived.host_id(whole.machine_id)
+    assert f'\nmac = "{derived.mac("web", "vm-web", host_id)}"\n' in text
 
 
 def test_a_vm_that_is_there_is_left_alone(whole: HostPaths, installed: list[str]) -> None:
