@@ -121,7 +121,7 @@ endif
 ifeq ($(DESTDIR),)
 	for file in $(notdir $(wildcard data/network/*)); do \
 		if [ -h /etc/systemd/network/$$file ]; then rm -f /etc/systemd/network/$$file; fi; done
-	rm -f /run/microvm-host.lock /run/microvm-host-pci.lock /run/microvm-host-packages.lock
+	rm -f /run/microvm-host.lock /run/microvm-host-pci-*.lock /run/microvm-host-packages.lock
 	rm -rf /run/microvm-host-install /run/microvm-host-facts
 	for directory in /run/microvm-host /run/microvm-host-private; do \
 		rmdir --ignore-fail-on-non-empty $$directory 2>/dev/null || true; done

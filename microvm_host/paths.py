@@ -209,10 +209,12 @@ class HostPaths:
         """Holds what was handed to the user of one VM."""
         return self.at(f"{PRIVATE}/{name}")
 
-    @property
-    def pci_lock(self) -> str:
-        """Held by whoever takes PCI devices or gives them back."""
-        return self.at("/run/microvm-host-pci.lock")
+    def pci_lock(self, what: str) -> str:
+        """Held by whoever takes the PCI devices of an IOMMU group, or gives them back.
+
+        `what` is the group's number, or `names` while network interfaces get their names back.
+        """
+        return self.at(f"/run/microvm-host-pci-{what}.lock")
 
     @property
     def reconcile_lock(self) -> str:

@@ -12,9 +12,8 @@ from __future__ import annotations
 import os
 import time
 from errno import EBUSY, ETIMEDOUT
-from fcntl import LOCK_EX, LOCK_NB, LOCK_UN, flock
 
-from . import hostuse, log, names, nodes, pcibus, process, reborn
+from . import hostuse, log, names, nodes, pci_lock, pcibus, process, reborn
 from .errors import MicrovmHostError, NameInvalid
 from .frozen import frozen
 from .pcibus import VFIO_PCI, Device
@@ -23,7 +22,7 @@ from .sysfs import attribute, linked
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Sequence
 
     from .identity import Identity
     from .paths import HostPaths
@@ -37,7 +36,6 @@ FAILED = "pci-devices-failed"
 LETS_GO_WITHIN = 30.0  # seconds
 # Cards that start their firmware when they are probed take that long.
 TAKES_WITHIN = 60.0  # seconds
-LOCKED_FOR = 120.0  # seconds
 NODE_APPEARS_WITHIN = 5.0  # seconds
 
 _ASK_THE_KERNEL = "`journalctl -k` may have the kernel's reason"
@@ -59,58 +57,10 @@ class _Hangs(MicrovmHostError):
     """The kernel works on a device still, and keeps it locked."""
 
 
-class Exclusive:
-    """Keeps other helpers from PCI devices while this one looks at them and changes them.
-
-    Two VMs that ask for one device must not both find it free.
-    """
-
-    def __init__(self, vm: str, host: HostPaths) -> None:
-        self._vm, self._path = vm, host.pci_lock
-
-    def __enter__(self) -> None:
-        """Wait for whoever has them, for some time; raises MicrovmHostError if that is too long."""
-        # Root's alone: whoever can open a file can lock it.
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        self._lock = os.open(self._path, flags, 0o600)
-        try:
-            self._await()
-            os.ftruncate(self._lock, 0)
-            os.pwrite(self._lock, self._vm.encode(), 0)
-        except BaseException:
-            os.close(self._lock)
-            raise
-
-    def _await(self) -> None:
-        if self._is_ours_now():
-            return
-        status = f"waiting while PCI devices are taken or given back for microVM {self._holder()}"
-        for _ in _patiently(LOCKED_FOR, status):
-            if self._is_ours_now():
-                return
-        holder = self._holder()
-        raise MicrovmHostError(
-            f"PCI devices are being taken or given back for microVM {holder}, for more than "
-            f"{LOCKED_FOR:.0f} s now",
-            hint=f"`systemctl status microvm-pci-devices@{holder}.service` may say what it waits "
-            "for",
-        )
-
-    def _holder(self) -> str:
-        """The VM for which it is held, if that has been written down yet."""
-        return os.pread(self._lock, 256, 0).decode(errors="replace") or "another"
-
-    def _is_ours_now(self) -> bool:
-        try:
-            flock(self._lock, LOCK_EX | LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
-    def __exit__(self, *_: object) -> None:
-        # Closing it is not enough: a process of call_apart that is stuck in the kernel has it, too.
-        flock(self._lock, LOCK_UN)
-        os.close(self._lock)
+def recorded_addresses(record: Record) -> list[str]:
+    """The PCI devices that a record says were taken."""
+    lines = record.read()
+    return [line[1] for line in lines if line[0] == "device" and _is_address("".join(line[1:2]))]
 
 
 # ---- checking
@@ -498,10 +448,9 @@ def undo(record: Record, host: HostPaths) -> list[str]:
                     and _is_driver(override)
                     and (interfaces := reborn.from_fields(up, down, *marks)) is not None
                 ):
-                    if _give_back(address, driver, override, in_use, record.vm, host):
-                        # The device is nobody's now: another VM may have it, and waiting for an
-                        # interface that stays away, as one that was unplugged does, helps nobody.
-                        found += reborn.restore(address, interfaces, host)
+                    found += _give_back(
+                        address, driver, override, interfaces, in_use, record.vm, host
+                    )
                 case ["node", name, node, uid, gid, mode] if (
                     nodes.is_kernel_name(name)
                     and node in (host.vfio_group_node(name), host.vfio_device_node(name))
@@ -561,29 +510,40 @@ def _take_back_node(
 
 
 def _give_back(
-    address: str, driver: str, override: str, in_use: set[str], vm: str, host: HostPaths
-) -> bool:
+    address: str,
+    driver: str,
+    override: str,
+    interfaces: list[reborn.Interface],
+    in_use: set[str],
+    vm: str,
+    host: HostPaths,
+) -> list[str]:
     """Have a device in the hands of its former driver; of none, if it had none.
 
+    A device that is gone, or that somebody else has taken, is left alone.
+
     Args:
+        interfaces: its network interfaces, which are to be as before.
         in_use: IOMMU groups that are not waited for any more, to which this one's may be added.
 
     Returns:
-        Whether it is; False for a device that is gone or that somebody else has taken.
+        What of the interfaces is not as before, a line each. The device is nobody's then: another
+        VM may have it, and waiting for an interface that stays away helps nobody.
     """
     link = host.pci_device(address)
     if not os.path.isdir(link):
         log.notice(f"{address} is there no more, and so not given back", vm=vm)
-        return False
+        return []
     _await_settled(address, host)
     now = linked(link, "driver") or ""
     # Killed at any point, taking leaves no other driver than these.
     if now not in ("", driver, VFIO_PCI):
         log.notice(f"{address} was taken by somebody else for {now} and is left alone", vm=vm)
-        return False
+        return []
     if now == driver:
         _set_override(link, override)
-        return True
+        with pci_lock.Naming(host, is_needed=bool(interfaces)):
+            return reborn.restore(address, interfaces, host)
     # A driver is bound if the override names it or, without one, by its IDs: it may have been bound
     # while another override stood there, which only then was changed to the former one.
     _set_override(link, driver or override)
@@ -592,17 +552,18 @@ def _give_back(
     if now:
         _unbind(address, now, host)
     if not driver:
-        return True
-    try:
-        _bind(address, driver, vm, host)
-    except _Hangs:
-        # Who wrote the override now would wait as well.
-        raise
-    except MicrovmHostError:
+        return []
+    with pci_lock.Naming(host, is_needed=bool(interfaces)):
+        try:
+            _bind(address, driver, vm, host)
+        except _Hangs:
+            # Who wrote the override now would wait as well.
+            raise
+        except MicrovmHostError:
+            _set_override(link, override)
+            raise
         _set_override(link, override)
-        raise
-    _set_override(link, override)
-    return True
+        return reborn.restore(address, interfaces, host)
 
 
 def _set_override(link: str, override: str) -> None:
@@ -670,7 +631,7 @@ def _await_closed(address: str, in_use: set[str], host: HostPaths) -> None:
     if group is None or not _is_open(group, host):
         return
     if group not in in_use:
-        for _ in _patiently(LETS_GO_WITHIN, f"waiting until {address} is in use no more"):
+        for _ in pci_lock.patiently(LETS_GO_WITHIN, f"waiting until {address} is in use no more"):
             if not _is_open(group, host):
                 return
     in_use.add(group)
@@ -680,18 +641,6 @@ def _await_closed(address: str, in_use: set[str], host: HostPaths) -> None:
         path=node,
         hint=f"`fuser -v {node}` shows by whom",
     )
-
-
-def _patiently(seconds: float, status: str) -> Iterator[None]:
-    """Come round again for some time, at short intervals, with a status for the unit meanwhile."""
-    deadline = time.monotonic() + seconds
-    told = 0.0
-    while (now := time.monotonic()) < deadline:
-        if now > told + 1:
-            log.waiting(status)
-            told = now
-        time.sleep(0.05)
-        yield
 
 
 def _load_driver(driver: str, link: str, vm: str, host: HostPaths) -> None:

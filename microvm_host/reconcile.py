@@ -19,7 +19,7 @@ import stat
 import time
 from contextlib import contextmanager
 
-from . import handover, links, names, pci, process, shares, source, systemd
+from . import handover, links, names, pci, pci_lock, process, shares, source, systemd
 from .errors import MicrovmHostError
 from .frozen import frozen
 from .record import Record, remove_files
@@ -76,7 +76,7 @@ def _undo_shares(record: Record, vm: str, host: HostPaths) -> list[str]:
 
 
 def _undo_pci(record: Record, vm: str, host: HostPaths) -> list[str]:
-    with pci.Exclusive(vm, host):
+    with pci_lock.Exclusive(vm, pci.recorded_addresses(record), host):
         return pci.undo(record, host)
 
 

@@ -55,14 +55,14 @@ def macvtaps_down(name: str, host: HostPaths) -> None:
 
 
 def pci_up(name: str, host: HostPaths) -> None:
-    from .. import pci, plan, runner
+    from .. import pci, pci_lock, plan, runner
 
     addresses = runner.load_pci_devices(host.booted(name))
     identity = booted.identity(name, host)
     record = Record(host.record(name, pci.WHAT))
     for last_time in (False, True):
         try:
-            with pci.Exclusive(name, host):
+            with pci_lock.Exclusive(name, [*addresses, *pci.recorded_addresses(record)], host):
                 steps = pci.plan(name, addresses, identity, host)
                 plan.carry_out(steps, record, lambda done: pci.undo(done, host))
             break
@@ -109,12 +109,12 @@ def _failed(name: str, host: HostPaths) -> Record:
 
 
 def _give_back(name: str, host: HostPaths) -> None:
-    from .. import pci, plan
+    from .. import pci, pci_lock, plan
 
     record = Record(host.record(name, pci.WHAT))
     if not record.read():
         return
-    with pci.Exclusive(name, host):
+    with pci_lock.Exclusive(name, pci.recorded_addresses(record), host):
         plan.take_back(record, lambda done: pci.undo(done, host))
 
 

@@ -417,16 +417,18 @@ def isolate() -> None:
         promise(names.interface_name(name) == name, f"asks for {name!r}")
         return 7
 
-    def give_back(address: str, driver: str, override: str, *_: object) -> bool:
-        promise(names.pci_address(address) == address and "*" not in address, f"{address!r}")
-        promise("/" not in driver + override, f"driver {driver!r} or {override!r}")
-        return True
-
     def restore(_address: str, was: list[reborn.Interface], _host: HostPaths) -> list[str]:
         for each in was:
             promise(names.interface_name(each.name) == each.name, f"brings up {each.name!r}")
             promise(f"{each.mac}{each.port}".isprintable(), f"{each.mac!r}, {each.port!r}")
         return []
+
+    def give_back(
+        address: str, driver: str, override: str, was: list[reborn.Interface], *_: object
+    ) -> list[str]:
+        promise(names.pci_address(address) == address and "*" not in address, f"{address!r}")
+        promise("/" not in driver + override, f"driver {driver!r} or {override!r}")
+        return restore(address, was, HostPaths())
 
     def nothing(*_arguments: object, **_named: object) -> None:
         return None

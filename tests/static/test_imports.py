@@ -52,7 +52,8 @@ LAYERS: tuple[set[str], ...] = (
         "trust",
         "users",
     },
-    {"attach", "build_record", "declaration", "hostuse", "install_lock", "nodes", "pciids"},
+    {"attach", "build_record", "declaration", "hostuse", "install_lock", "nodes", "pci_lock"}
+    | {"pciids"},
     {"build", "guests", "plan", "reborn", "service", "store", "systemd", "taken", "vsock"},
     {"environment"},
     # What changes the host; these do not know of each other.
@@ -269,7 +270,16 @@ SYSTEMD = ours("identity", "interpreter", "process", "systemd") | {
 PCI = (
     SETUP
     | ours(
-        "hostuse", "identity", "interfaces", "nodes", "pci", "pcibus", "plan", "process", "reborn"
+        "hostuse",
+        "identity",
+        "interfaces",
+        "nodes",
+        "pci",
+        "pci_lock",
+        "pcibus",
+        "plan",
+        "process",
+        "reborn",
     )
     | {
         *ours("runner", "sysfs"),

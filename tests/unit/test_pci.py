@@ -22,7 +22,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from microvm_host import log, pci, plan, process, reborn
+from microvm_host import log, pci, pci_lock, plan, process, reborn
 from microvm_host.errors import DeclarationError, MicrovmHostError
 from microvm_host.identity import Identity
 from microvm_host.paths import HostPaths
@@ -298,17 +298,18 @@ def test_all_problems_at_once(
 
 HOLD_LOCK = """\
 import sys
-from microvm_host import pci
+from microvm_host import pci_lock
 from microvm_host.paths import HostPaths
-with pci.Exclusive("db", HostPaths(sys.argv[1])):
+with pci_lock.Exclusive("db", [sys.argv[2]], HostPaths(sys.argv[1])):
     print("locked", flush=True)
     sys.stdin.read()
 """
 
 
-def test_exclusive(sysfs: Sysfs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exclusive(sysfs: Sysfs, kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    rich(sysfs, kernel)
     holder = subprocess.Popen(
-        [sys.executable, "-B", "-c", HOLD_LOCK, str(sysfs.root)],
+        [sys.executable, "-B", "-c", HOLD_LOCK, str(sysfs.root), VMD],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         cwd=Path(__file__).parents[2],
@@ -316,60 +317,97 @@ def test_exclusive(sysfs: Sysfs, monkeypatch: pytest.MonkeyPatch) -> None:
     with holder:
         assert holder.stdout is not None and holder.stdin is not None
         assert holder.stdout.readline() == b"locked\n"
-        lock = os.open(sysfs.host.pci_lock, os.O_RDONLY)
+        lock = os.open(sysfs.host.pci_lock("9"), os.O_RDONLY)
         try:
             with pytest.raises(BlockingIOError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            monkeypatch.setattr(pci, "LOCKED_FOR", 0.2)
+            # Who wants devices of other groups does not wait.
+            monkeypatch.setattr(pci_lock, "LOCKED_FOR", 0.0)
+            with pci_lock.Exclusive("web", [SECOND, "*:05:00.0", CARD, "0000:77:00.0"], sysfs.host):
+                assert Path(sysfs.host.pci_lock("7")).read_text() == "web"
+            monkeypatch.setattr(pci_lock, "LOCKED_FOR", 0.2)
             statuses: list[str] = []
             monkeypatch.setattr(log, "waiting", statuses.append)
             open_before = os.listdir("/proc/self/fd")
-            with pytest.raises(MicrovmHostError) as caught, pci.Exclusive("web", sysfs.host):
+            with (
+                pytest.raises(MicrovmHostError) as caught,
+                pci_lock.Exclusive("web", [VMD], sysfs.host),
+            ):
                 pass
             assert os.listdir("/proc/self/fd") == open_before
             assert str(caught.value) == (
-                "PCI devices are being taken or given back for microVM db, for more than 0 s now; "
+                "PCI devices of IOMMU group 9 are being taken or given back for microVM db, for "
+                "more than 0 s now; "
                 "`systemctl status microvm-pci-devices@db.service` may say what it waits for"
             )
             assert {*statuses} == {
-                "waiting while PCI devices are taken or given back for microVM db"
+                "waiting while IOMMU group 9 is taken or given back for microVM db"
             }
-            monkeypatch.setattr(pci, "LOCKED_FOR", 60.0)
+            monkeypatch.setattr(pci_lock, "LOCKED_FOR", 60.0)
             # Whoever waits has it when the other is done.
             monkeypatch.setattr(log, "waiting", lambda text: holder.stdin.close())
-            with pci.Exclusive("web", sysfs.host):
-                assert Path(sysfs.host.pci_lock).read_text() == "web"
+            with pci_lock.Exclusive("web", [VMD], sysfs.host):
+                assert Path(sysfs.host.pci_lock("9")).read_text() == "web"
             assert holder.wait() == 0
             # Free again, and again after each use.
             for _ in range(2):
-                with pci.Exclusive("web", sysfs.host), pytest.raises(BlockingIOError):
+                with pci_lock.Exclusive("web", [VMD], sysfs.host), pytest.raises(BlockingIOError):
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         finally:
             os.close(lock)
     # Anybody can lock what he can open.
-    assert os.stat(sysfs.host.pci_lock).st_mode & 0o077 == 0
+    assert os.stat(sysfs.host.pci_lock("9")).st_mode & 0o077 == 0
 
 
-def test_lock_is_freed_by_an_error(sysfs: Sysfs) -> None:
+def test_interfaces_come_back_one_device_at_a_time(
+    sysfs: Sysfs, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rich(sysfs, kernel)
+    record = take(sysfs, CARD, SECOND)
+    lock = os.open(sysfs.host.pci_lock("names"), os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    statuses: list[str] = []
+
+    def waiting(text: str) -> None:
+        statuses.append(text)
+        fcntl.flock(lock, fcntl.LOCK_UN)
+
+    monkeypatch.setattr(log, "waiting", waiting)
+    assert pci.undo(record, sysfs.host) == []
+    assert statuses == ["waiting for the interfaces of another microVM's PCI device"]
+    assert sysfs.driver_of(CARD) == "e1000e"
+    # Free again; and it is not waited for without end.
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    record = take(sysfs, CARD, SECOND)
+    monkeypatch.setattr(log, "waiting", statuses.append)
+    monkeypatch.setattr(pci_lock, "NAMED_WITHIN", 0.1)
+    assert pci.undo(record, sysfs.host) == []
+    assert len(statuses) == 2
+    os.close(lock)
+
+
+def test_lock_is_freed_by_an_error(sysfs: Sysfs, kernel: Kernel) -> None:
+    rich(sysfs, kernel)
     open_before = os.listdir("/proc/self/fd")
-    with pytest.raises(ZeroDivisionError), pci.Exclusive("web", sysfs.host):
+    with pytest.raises(ZeroDivisionError), pci_lock.Exclusive("web", [VMD], sysfs.host):
         raise ZeroDivisionError
-    with pci.Exclusive("web", sysfs.host):
-        assert os.path.isfile(sysfs.host.pci_lock)
+    with pci_lock.Exclusive("web", [VMD], sysfs.host):
+        assert os.path.isfile(sysfs.host.pci_lock("9"))
     assert os.listdir("/proc/self/fd") == open_before
 
 
 def test_lock_is_freed_though_a_process_hangs(
-    sysfs: Sysfs, monkeypatch: pytest.MonkeyPatch
+    sysfs: Sysfs, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One driver that does not let go is not to keep every other VM from its devices."""
+    """One driver that does not let go is not to keep other VMs from the devices of its group."""
+    rich(sysfs, kernel)
     children = []
     # What waits in the kernel does not notice that it is killed.
     monkeypatch.setattr(os, "kill", lambda pid, signal: children.append(pid))
-    with pytest.raises(TimeoutError), pci.Exclusive("web", sysfs.host):
+    with pytest.raises(TimeoutError), pci_lock.Exclusive("web", [VMD], sysfs.host):
         CALL_APART(lambda: time.sleep(60), 0.05, lambda seconds: None)
     monkeypatch.undo()
-    lock = os.open(sysfs.host.pci_lock, os.O_RDONLY)
+    lock = os.open(sysfs.host.pci_lock("9"), os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     finally:
@@ -1027,13 +1065,13 @@ def test_a_group_that_is_still_open_is_waited_for_once(
     record = take(sysfs, *RICH)
     kernel.opened |= {sysfs.host.vfio_group_node(group) for group in ("7", "9")}
     waits: list[float] = []
-    real = pci._patiently
+    real = pci_lock.patiently
 
     def patiently(seconds: float, status: str) -> Iterator[None]:
         waits.append(seconds)
         return real(0, status)
 
-    monkeypatch.setattr(pci, "_patiently", patiently)
+    monkeypatch.setattr(pci_lock, "patiently", patiently)
     found = given_back(sysfs, record)
     assert [line.partition(" is still in use after 30 s")[0] for line in found] == [
         f"/dev/vfio/7: {CARD}",
