@@ -248,6 +248,11 @@ class HostPaths:
         """Has the kernel send the event written here (kernel.org, ABI/testing/sysfs-uevent)."""
         return self.at(f"/sys/class/{subsystem}/{kernel_name}/uevent")
 
+    @property
+    def ksm_run(self) -> str:
+        """Whether the kernel merges equal pages of memory (kernel.org, admin-guide/mm/ksm)."""
+        return self.at("/sys/kernel/mm/ksm/run")
+
     def pci_device(self, address: str) -> str:
         """The sysfs directory of a PCI device (kernel.org, ABI/testing/sysfs-bus-pci)."""
         return self.at(f"/sys/bus/pci/devices/{address}")

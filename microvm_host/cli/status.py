@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 import click
@@ -11,7 +12,11 @@ import click
 from .. import listing, pcilisting, runner
 from ..errors import PackageError
 from ..source import remembered
+from ..sysfs import attribute
 from . import jobs, table
+
+# By what their packages have on the command line, or by default.
+_ASK_FOR_MERGING = ("qemu", "cloud-hypervisor")
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -76,6 +81,7 @@ def _details(row: listing.Row, package: runner.Package, host: HostPaths) -> dict
         "hypervisor": package.hypervisor,
         "vsock_cid": package.vsock_cid,
         "readiness": jobs.readiness(row.name) or package.readiness,
+        "merges_memory": _merges_memory(package, host),
         "taps": [tap.name for tap in package.taps],
         "macvtaps": [macvtap.name for macvtap in package.macvtaps],
         "pci_devices": list(package.pci_devices),
@@ -97,6 +103,12 @@ def _print(row: listing.Row, package: runner.Package, host: HostPaths) -> None:
         ("addresses", ", ".join(row.addresses)),
         ("vsock CID", package.vsock_cid),
         ("readiness", _readiness(readiness, row.active)),
+        (
+            "memory",
+            "not merged with other VMs' memory, which it asks for: see MEMORY in microvm-host(7)"
+            if _merges_memory(package, host) is False
+            else "",
+        ),
         ("taps", ", ".join(tap.name for tap in package.taps)),
         ("macvtaps", ", ".join(f"{each.name} on {each.link}" for each in package.macvtaps)),
         ("PCI", ", ".join(pcilisting.in_short(each, host) for each in package.pci_devices)),
@@ -112,6 +124,16 @@ def _print(row: listing.Row, package: runner.Package, host: HostPaths) -> None:
     ):
         if value:
             click.echo(f"{title:>12}: {value}")
+
+
+def _merges_memory(package: runner.Package, host: HostPaths) -> bool | None:
+    """Whether the kernel merges a VM's memory with equal memory of others; None if nobody asks.
+
+    The memory of a VM with shares belongs to virtiofsd as well, and cannot be merged.
+    """
+    if package.hypervisor not in _ASK_FOR_MERGING or package.shares:
+        return None
+    return attribute(os.path.dirname(host.ksm_run), os.path.basename(host.ksm_run)) == "1"
 
 
 def _readiness(readiness: str, active: str) -> str:

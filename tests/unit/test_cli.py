@@ -331,6 +331,43 @@ def test_status_json(capfd: pytest.CaptureFixture[str], web: Package) -> None:
 
 
 @pytest.mark.parametrize(
+    ("hypervisor", "has_shares", "ksm", "merges"),
+    [
+        ("qemu", False, "0", False),
+        ("qemu", False, "1", True),
+        # A kernel without it.
+        ("cloud-hypervisor", False, None, False),
+        # virtiofsd has the memory as well.
+        ("qemu", True, "0", None),
+        ("firecracker", False, "0", None),
+    ],
+)
+def test_status_tells_of_memory_that_is_not_merged(
+    capfd: pytest.CaptureFixture[str],
+    host: HostPaths,
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    hypervisor: str,
+    has_shares: bool,
+    ksm: str | None,
+    merges: bool | None,
+) -> None:
+    monkeypatch.setattr(jobs, "show_unit", lambda vm: 0)
+    shares = (Share("data", "/srv/data", "d.sock"),) if has_shares else ()
+    package = Package(path=str(root / "packages/web-1"), hypervisor=hypervisor, shares=shares)
+    packages.write(Path(package.path), package)
+    os.mkdir(host.vm("web"))
+    os.symlink(package.path, host.current("web"))
+    if ksm is not None:
+        Path(host.ksm_run).parent.mkdir(parents=True)
+        Path(host.ksm_run).write_text(f"{ksm}\n")
+    _, out, _ = run(capfd, "status", "web")
+    assert ("memory: not merged with other VMs' memory" in out) == (merges is False)
+    _, out, _ = run(capfd, "status", "web", "--json")
+    assert json.loads(out)["merges_memory"] is merges
+
+
+@pytest.mark.parametrize(
     ("file", "setting", "active", "shown"),
     [
         ("guest", "", "activating", "guest, which is waited for"),
