@@ -343,7 +343,8 @@ class Bench:
             )
             each = {count: Figures((1000 * seconds[count, which] / count,)) for count in DECLARED}
             work = f"{which} microvm apply, for each of {many}"
-            row = Row(part, work, each[many], each[few], 1.3, beside=f"for each of {few}")
+            # Work that grew with the square would show 3.3 here.
+            row = Row(part, work, each[many], each[few], 1.5, beside=f"for each of {few}")
             self.results.rows.append(row)
         boots: dict[str, list[float]] = {"guests": [], "runners": []}
         # The first boot with each fills the caches.
