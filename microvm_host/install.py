@@ -295,7 +295,7 @@ class _Installation:
         try:
             with store.locked(host):
                 self._lock.keep(path)
-                package = store.put(plan.tree, name, identity.gid, host)
+            package = store.put(plan.tree, name, identity.gid, host)
             after = runner.load(package).path
             passed_over = None
             turned_away = store.turned_away_from(name, host) if self._keeps_rollback else None

@@ -63,7 +63,10 @@ def path_of(tree: Tree, name: str, host: HostPaths) -> str:
 
 
 def put(tree: Tree, name: str, gid: int, host: HostPaths) -> str:
-    """Have a package in the store, and give its path; the caller holds the lock.
+    """Have a package in the store, and give its path.
+
+    The caller holds the VM's lock, and has that keep the package. The store's lock is not needed:
+    what is copied may lie on a network that hangs.
 
     Raises:
         MicrovmHostError: it cannot be written; nothing of it is there then.
@@ -140,11 +143,12 @@ def _add_blobs(tree: Tree, package: str, host: HostPaths) -> None:
         try:
             if not _is_same(source, blob):
                 # At one stroke: a blob that is no longer right makes way.
-                os.link(source, f"{blob}{_NEW}", follow_symlinks=False)
-                os.replace(f"{blob}{_NEW}", blob)
+                temporary = f"{blob}.{os.urandom(8).hex()}{_NEW}"
+                os.link(source, temporary, follow_symlinks=False)
+                os.replace(temporary, blob)
         except OSError:
-            # Another file system, one without hard links, or the end of a killed writer's work:
-            # then each package has its own.
+            # Another file system, or one without hard links: then each package has its own. Or it
+            # was just collected, and the next package brings it again.
             continue
 
 
@@ -245,7 +249,9 @@ def collect(host: HostPaths) -> list[str]:
     """Delete the packages that nobody needs any more, and say which; the caller holds the lock."""
     import shutil
 
-    needed = {os.path.realpath(package) for package in install_lock.kept(host)}
+    kept_by_locks = install_lock.kept(host)
+    needed = {os.path.realpath(package) for package in kept_by_locks}
+    being_written = {os.path.basename(package) for package in kept_by_locks}
     for name in _listed(host.state):
         for link in (host.current(name), host.booted(name)):
             needed.add(os.path.realpath(link))
@@ -261,15 +267,21 @@ def collect(host: HostPaths) -> list[str]:
     for package in _listed(host.packages):
         path = f"{host.packages}/{package}"
         # Hidden ones are what a writer that was killed left behind.
-        if package.startswith(".") or (
-            _is_package(package) and os.path.realpath(path) not in needed
-        ):
+        if package.startswith("."):
+            is_needed = package[1:].rpartition(".")[0] in being_written
+        else:
+            is_needed = not _is_package(package) or os.path.realpath(path) in needed
+        if not is_needed:
             shutil.rmtree(path, ignore_errors=True)
             gone.append(path)
     for blob in _listed(host.blobs):
         path = f"{host.blobs}/{blob}"
-        if os.lstat(path).st_nlink == 1 or blob.endswith(_NEW):
-            os.unlink(path)
+        try:
+            if os.lstat(path).st_nlink == 1 or blob.endswith(_NEW):
+                os.unlink(path)
+        except FileNotFoundError:
+            # It has its own name by now.
+            continue
     return gone
 
 
