@@ -11,10 +11,12 @@ No JSON module: what is asked is made of names, numbers and hexadecimal digits t
 
 from __future__ import annotations
 
+import os
+import stat
 from _socket import AF_UNIX, SOCK_CLOEXEC, SOCK_STREAM, socket
 
-from . import process
-from .errors import MicrovmHostError, one_line
+from . import names, process
+from .errors import MicrovmHostError, NameInvalid, one_line
 from .frozen import frozen
 
 TYPE_CHECKING = False
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 SERVICE = "microvm-host"
 ANSWER_WITHIN = 10.0  # seconds
 ANSWER_MAX = 64 * 1024
+SCRIPT_MAX = 64 * 1024
 _EXISTS = "io.systemd.Machine.MachineExists"
 _BUSCTL = ("busctl", "--quiet", "call", "org.freedesktop.machine1", "/org/freedesktop/machine1")
 _MANAGER = "org.freedesktop.machine1.Manager"
@@ -62,6 +65,32 @@ def register(machine: Machine, host: HostPaths) -> None:
         _forget_earlier(machine, host, by_varlink=answers)
         if not _register(machine, host, by_varlink=answers):
             raise MicrovmHostError(f"there is a machine {machine.name} already")
+
+
+def uuid_of_script(path: str) -> str | None:
+    """The guest's UUID out of the script by which a package of microvm.nix registers it: the value
+    of `UUID="…"`, which the guest has in SMBIOS and in its /etc/machine-id. None without one.
+    """
+    try:
+        # Not waiting: it could be a FIFO.
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    except OSError:
+        return None
+    try:
+        is_file = stat.S_ISREG(os.fstat(file).st_mode)
+        text = os.read(file, SCRIPT_MAX).decode(errors="replace") if is_file else ""
+    except OSError:
+        return None
+    finally:
+        os.close(file)
+    for line in text.splitlines():
+        name, equals, value = line.strip().partition("=")
+        if equals and name.split()[-1:] == ["UUID"]:
+            try:
+                return names.machine_uuid(value.partition(";")[0].strip().strip("'\""))
+            except NameInvalid:
+                return None
+    return None
 
 
 def derived_uuid(name: str, host: HostPaths) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from .. import log, names
 from ..errors import MicrovmHostError
+from ..paths import MICROVM_REGISTER
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,11 +31,14 @@ def register(name: str, host: HostPaths) -> None:
                 interfaces.append(int(file.read()))
         machine = machined.Machine(
             name=name,
-            uuid=package.machine_uuid or machined.derived_uuid(name, host),
+            uuid=package.machine_uuid
+            or machined.uuid_of_script(f"{package.path}/{MICROVM_REGISTER}")
+            or machined.derived_uuid(name, host),
             unit=unit,
             leader=leader,
             interfaces=tuple(interfaces),
-            vsock_cid=package.vsock_cid,
+            # The kernel knows no CID of a guest whose hypervisor carries vsock itself.
+            vsock_cid=None if package.has_own_vsock else package.vsock_cid,
         )
         machined.register(machine, host)
     except (MicrovmHostError, OSError) as error:

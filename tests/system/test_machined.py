@@ -43,7 +43,7 @@ def stub(name: str, **fields: object) -> Stub:
 
 @pytest.mark.core
 def test_registered_and_terminated(toolkit: Toolkit, vm: str) -> None:
-    toolkit.create(stub(vm, vsock_cid=42, machine_uuid=UUID))
+    toolkit.create(stub(vm, vsock_cid=42, machine_uuid=UUID, register=True))
     before = toolkit.footprint()
     toolkit.systemctl("start", f"microvm@{vm}")
     found = await_leader(toolkit, vm)
@@ -84,7 +84,7 @@ def test_registered_and_terminated(toolkit: Toolkit, vm: str) -> None:
 @pytest.mark.core
 def test_each_run_is_registered_anew(toolkit: Toolkit, vm: str) -> None:
     """Restarted, dead and up again by itself, stopped: machined knows the main process of now."""
-    toolkit.create(stub(vm, machine_uuid=UUID))
+    toolkit.create(stub(vm, machine_uuid=UUID, register=True))
     toolkit.host.write(
         f"/etc/systemd/system/microvm@{vm}.service.d/quick.conf", "[Service]\nRestartSec=100ms\n"
     )
@@ -107,7 +107,8 @@ def test_each_run_is_registered_anew(toolkit: Toolkit, vm: str) -> None:
 
 
 def test_only_who_asks_is_registered(toolkit: Toolkit, vm: str) -> None:
-    toolkit.create(stub(vm))
+    # A UUID alone asks for nothing: declared guests always have one.
+    toolkit.create(stub(vm, machine_uuid=UUID))
     toolkit.systemctl("start", f"microvm@{vm}")
     eventually(
         lambda: toolkit.property(f"microvm-machined@{vm}", "ConditionTimestampMonotonic"),
@@ -141,7 +142,7 @@ def no_machined(toolkit: Toolkit) -> Iterator[None]:
 @pytest.mark.core
 @pytest.mark.usefixtures("no_machined")
 def test_without_machined_there_is_a_notice(toolkit: Toolkit, vm: str) -> None:
-    toolkit.create(stub(vm, machine_uuid=UUID))
+    toolkit.create(stub(vm, machine_uuid=UUID, register=True))
     toolkit.systemctl("start", f"microvm@{vm}")
     lines = toolkit.await_line(vm, "not registered with systemd-machined: ")
     assert len([line for line in lines if "not registered" in line]) == 1
@@ -155,7 +156,7 @@ def test_without_machined_there_is_a_notice(toolkit: Toolkit, vm: str) -> None:
 
 
 def test_anothers_machine_of_that_name_stays(toolkit: Toolkit, vm: str) -> None:
-    toolkit.create(stub(vm, machine_uuid=UUID))
+    toolkit.create(stub(vm, machine_uuid=UUID, register=True))
     toolkit.sh(
         f"systemd-run --unit=other-{vm} sleep infinity; "
         "busctl call org.freedesktop.machine1 /org/freedesktop/machine1 "

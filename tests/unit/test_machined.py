@@ -312,6 +312,42 @@ def test_register_by_the_packages_uuid(web: Path, registered: list[Machine]) -> 
     assert registered[0].uuid == UUID
 
 
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        (f'#! /nix/store/x-bash/bin/bash -e\n\nUUID="{UUID}"\nbusctl call "$UUID"\n', UUID),
+        (f"#!/bin/sh\n  export UUID='{UUID.upper()}'; echo\n", UUID),
+        (f"readonly UUID={UUID.replace('-', '')}\n", UUID),
+        ("#!/bin/sh\necho UUID=\n", None),
+        ('UUID="$(cat /etc/machine-id)"\n', None),
+        (f'OTHER_UUID="{UUID}"\n', None),
+        ("\0\xff" * 10, None),
+    ],
+)
+def test_the_uuid_of_microvm_nixs_own_script(
+    web: Path, host: HostPaths, registered: list[Machine], script: str, expected: str | None
+) -> None:
+    packages.put(web, "bin/microvm-register", script)
+    assert entry.main(["helper", "register", "web"]) == 0
+    assert registered[0].uuid == (expected or machined.derived_uuid("web", host))
+
+
+def test_a_fifo_is_no_script(web: Path, host: HostPaths, registered: list[Machine]) -> None:
+    os.mkfifo(web / "bin/microvm-register")
+    assert entry.main(["helper", "register", "web"]) == 0
+    assert registered[0].uuid == machined.derived_uuid("web", host)
+
+
+@pytest.mark.parametrize("hypervisor", ["cloud-hypervisor", "firecracker", "qemu", "crosvm"])
+def test_only_a_vsock_of_the_kernels_is_told(
+    web: Path, registered: list[Machine], hypervisor: str
+) -> None:
+    packages.put(web, "share/microvm/hypervisor", hypervisor)
+    assert entry.main(["helper", "register", "web"]) == 0
+    has_kernels = hypervisor in ("qemu", "crosvm")
+    assert registered[0].vsock_cid == (42 if has_kernels else None)
+
+
 def test_nobody_to_register(
     web: Path,
     registered: list[Machine],
