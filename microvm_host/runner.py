@@ -170,7 +170,13 @@ def load(path: str) -> Package:
     taps, macvtaps = reader.taps(), reader.macvtaps()
     reader.check_distinct(taps, macvtaps)
     hypervisor, vsock_cid = reader.hypervisor(), reader.vsock_cid()
-    readiness = reader.choice(f"{SHARE}/readiness", READINESS) or "exec"
+    control_socket = reader.control_socket()
+    readiness = reader.choice(f"{SHARE}/readiness", READINESS)
+    if readiness is None:
+        # microvm.nix's for cloud-hypervisor forward what a guest with a vsock says, and NixOS waits
+        # for it. Packages that tell of a control socket tell of readiness as well.
+        is_forwarded = hypervisor == "cloud-hypervisor" and vsock_cid is not None
+        readiness = "guest" if is_forwarded and control_socket is None else "exec"
     return Package(
         path=reader.root,
         taps=taps,
@@ -185,7 +191,7 @@ def load(path: str) -> Package:
         vsock_cid=vsock_cid,
         readiness=readiness,
         notify_socket=reader.notify_socket(hypervisor, vsock_cid, readiness),
-        control_socket=reader.control_socket(),
+        control_socket=control_socket,
         console_socket=reader.one(f"{SHARE}/console-socket", _relative),
         agent_socket=reader.one(f"{SHARE}/agent-socket", _relative),
         event_log=reader.one(f"{SHARE}/event-log", _relative),

@@ -367,7 +367,7 @@ def crash(toolkit: Toolkit, vm: str) -> None:
 def test_the_helper_that_registers_is_killed(toolkit: Toolkit, vm: str) -> None:
     """The VM runs on, not registered, or is; and so it is after its next start."""
     toolkit.sh("mkdir -p /srv/data")
-    toolkit.create(stub(vm, machine_uuid=UUID))
+    toolkit.create(stub(vm, machine_uuid=UUID, register=True))
     before = toolkit.footprint()
     with shooting(toolkit, "register") as shots:
         shots.watch()
@@ -684,7 +684,7 @@ def test_no_space_in_run(toolkit: Toolkit, vm: str) -> None:
 def test_the_bus_is_gone(toolkit: Toolkit, vm: str) -> None:
     """VMs start, run, crash, start again and stop without it, and are told of."""
     toolkit.sh("mkdir -p /srv/data")
-    declare(toolkit, stub(vm, machine_uuid=UUID), restart_delay="100ms")
+    declare(toolkit, stub(vm, machine_uuid=UUID, register=True), restart_delay="100ms")
     before = toolkit.footprint()
     toolkit.systemctl("start", f"microvm@{vm}")
     is_whole(toolkit, vm)

@@ -78,6 +78,7 @@ def test_rounds_of_ten_vms_leave_nothing(toolkit: Toolkit, vm: str) -> None:
                     taps=(Tap(name=f"{name}t", mac=f"02:00:00:00:00:{number:02x}"),),
                     shares=(share,) if number in SHARED else (),
                     machine_uuid=UUID.format(number) if number in REGISTERED else None,
+                    register=number in REGISTERED,
                     hypervisor="cloud-hypervisor" if number in AWAITED else "qemu",
                     readiness="guest" if number in AWAITED else None,
                     prepare=saying("READY=1") if number in AWAITED else "",

@@ -409,6 +409,7 @@ def test_the_guests_own_systemd(machine: Toolkit, tree: Share) -> None:
             shares=(tree,),
             vsock_cid=77,
             machine_uuid=uuid,
+            register=True,
             readiness="guest",
             systemd_tree="/mnt/tree",
             # As little as has sshd's socket: the CPU is emulated, with another one on top.

@@ -89,6 +89,38 @@ def test_everything(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
+        ({}, "exec"),
+        ({"hypervisor": "cloud-hypervisor"}, "exec"),
+        ({"vsock-cid": "7"}, "exec"),
+        ({"vsock-cid": "7", "hypervisor": "qemu"}, "exec"),
+        ({"vsock-cid": "7", "hypervisor": "firecracker"}, "exec"),
+        # As NixOS has it.
+        ({"vsock-cid": "7", "hypervisor": "cloud-hypervisor"}, "guest"),
+        ({"vsock-cid": "7", "hypervisor": "cloud-hypervisor", "readiness": "exec"}, "exec"),
+        # Of a declaration that says nothing of readiness.
+        (
+            {
+                "vsock-cid": "7",
+                "hypervisor": "cloud-hypervisor",
+                "control-socket": "web.sock",
+                "control-protocol": "cloud-hypervisor",
+            },
+            "exec",
+        ),
+    ],
+)
+def test_readiness_of_a_package_that_says_nothing(
+    tmp_path: Path, files: dict[str, str], expected: str
+) -> None:
+    packages.minimal(tmp_path)
+    for name, text in files.items():
+        packages.put(tmp_path, f"share/microvm/{name}", f"{text}\n")
+    assert runner.load(str(tmp_path)).readiness == expected
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
         ({}, None),
         ({"hypervisor": "qemu"}, None),
         ({"vsock-cid": "7"}, NotifySocket(8888)),
