@@ -275,6 +275,14 @@ class HostPaths:
         return self.at("/sys/firmware/acpi/tables")
 
     @property
+    def cpu_info(self) -> str:
+        return self.at("/proc/cpuinfo")
+
+    @property
+    def kvm(self) -> str:
+        return self.at("/dev/kvm")
+
+    @property
     def kernel_command_line(self) -> str:
         return self.at("/proc/cmdline")
 

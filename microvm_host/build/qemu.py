@@ -77,7 +77,9 @@ case " $flags " in
     *" vmx "* | *" svm "*)
         if [ -r /dev/kvm ] && [ -w /dev/kvm ]; then accel=kvm cpu=@cpu@; fi
         ;;
-esac"""
+esac
+[ "$accel" = kvm ] || [ -n "${MICROVM_SHOW-}" ] ||
+    echo "without KVM, the guest is emulated and about ten times slower" >&2"""
 # QEMU crashes on microvm with SGX, and x2APIC is what lets it have many CPUs.
 _HOST_CPU = "host,+x2apic,-sgx"
 # What that makes of a clock of up to 99 GHz.

@@ -24,17 +24,31 @@ if TYPE_CHECKING:
     from .. import adopt as adoption
     from .. import apply as application
     from .. import balloon as ballooning
+    from .. import (
+        closures,
+        install,
+        listing,
+        microvm_nix,
+        pcilisting,
+        reconcile,
+        runner,
+        service,
+        state,
+        systemd,
+        users,
+    )
     from .. import console as consoles
     from .. import init as initial
-    from .. import install, listing, pcilisting, reconcile, runner, service, state, systemd, users
     from .. import network as networking
     from .. import remove as removal
-    from . import access, built, jobs, networks, start_many, table
+    from . import access, built, emulation, jobs, networks, start_many, table
     from . import fresh as fresh_guests
     from . import pci as pci_commands
     from . import status as status_pages
 else:
     json, shlex = Later("json"), Later("shlex")
+    closures, emulation = Later("..closures"), Later(".emulation")
+    microvm_nix = Later("..microvm_nix")
     adoption, application = Later("..adopt"), Later("..apply")
     ballooning, consoles = Later("..balloon"), Later("..console")
     install, listing, pcilisting = Later("..install"), Later("..listing"), Later("..pcilisting")
@@ -145,10 +159,17 @@ def create(vm: str, flake: str | None, path: str | None, user: str | None, start
     chosen = None if user is None else users.checked(user)
     change = install.create(vm, source.checked(), HOST, chosen)
     click.echo(change.describe())
+    _say_what_is_not_done(vm)
     if start:
         jobs.run("start", [vm])
     else:
         click.echo(f"start it: systemctl start {names.unit(vm)}")
+
+
+def _say_what_is_not_done(vm: str) -> None:
+    package = runner.load(HOST.current(vm))
+    for notice in microvm_nix.notices(package, HOST.vm(vm)):
+        click.echo(f"microvm: {vm}: {notice}", err=True)
 
 
 def _absolute_flake(flake: str) -> str:
@@ -402,6 +423,10 @@ def update(vms: tuple[str, ...], restart: bool) -> None:
 def _update(vm: str, *, restart: bool) -> None:
     change = install.update(vm, HOST)
     click.echo(change.describe())
+    if change.is_new:
+        _say_what_is_not_done(vm)
+    # What runs counts, and then what would have run, as with microvm.nix.
+    click.echo(closures.difference(change.booted or change.before, change.after), nl=False)
     runs = listing.rows(HOST, (vm,))[0].runs
     if restart and (change.wants_restart or not runs):
         jobs.run("restart", [vm])
@@ -413,7 +438,9 @@ def _update(vm: str, *, restart: bool) -> None:
 @NAMES
 def start(vms: tuple[str, ...]) -> None:
     """Start VMs and wait until they run."""
-    jobs.run("start", jobs.select("start", vms, HOST))
+    chosen = jobs.select("start", vms, HOST)
+    emulation.warn(chosen, HOST)
+    jobs.run("start", chosen)
 
 
 @microvm.command()
@@ -427,7 +454,9 @@ def stop(vms: tuple[str, ...]) -> None:
 @NAMES
 def restart(vms: tuple[str, ...]) -> None:
     """Stop VMs and start their current version."""
-    jobs.run("restart", jobs.select("restart", vms, HOST))
+    chosen = jobs.select("restart", vms, HOST)
+    emulation.warn(chosen, HOST)
+    jobs.run("restart", chosen)
 
 
 @microvm.command()
@@ -445,13 +474,15 @@ def run(vm: str) -> None:
 def ssh(target: str, arguments: tuple[str, ...]) -> None:
     """Log in to a guest by ssh.
 
-    Over vsock, or else by its address; as root unless USER is given.
+    Over vsock, or else by its address; as root unless USER, or ssh's own -l USER, is given.
     """
     user, at, vm = target.rpartition("@")
     names.vm_name(vm)
     _existing(vm)
     to, ways = access.ways_in(vm, HOST)
-    jobs.become_ssh(user if at else "root", vm, to, ways, arguments)
+    if not at and not jobs.names_user(arguments):
+        user = "root"
+    jobs.become_ssh(user, vm, to, ways, arguments)
 
 
 @microvm.command()
@@ -581,6 +612,8 @@ def apply(dry_run: bool, as_json: bool) -> None:
             click.echo(f"microvm: {outcome.text}", err=True)
         elif not as_json:
             click.echo(outcome.text)
+    if not dry_run:
+        emulation.warn([outcome.name for outcome in outcomes if outcome.error is None], HOST)
     if as_json:
         click.echo(
             json.dumps(

@@ -47,6 +47,8 @@ CONFINEMENT = (
     "ProtectHostname=yes",
 )
 # What it ends before when the host shuts down; the same test.
+# getopt(3) of ssh.c: letters of options that take a value.
+_SSH_OPTIONS_WITH_VALUE = frozenset("BbcDEeFIiJLlmOoPpQRSWw")
 AFTER = ("network.target", "remote-fs.target")
 _DOING = {"start": "starting", "stop": "stopping", "restart": "restarting"}
 # systemctl's words where polkit does not allow it.
@@ -249,6 +251,7 @@ def become_ssh(
     """Become ssh, connected to a guest.
 
     Args:
+        user: whom to log in as; empty if the arguments say it.
         to: what ssh is to call it: its address, for ssh to connect to, unless there are ways.
         ways: how vsock.py is to reach it; they come before what is written in ssh's configuration.
     """
@@ -261,8 +264,28 @@ def become_ssh(
         argv += ["-o", f"ProxyCommand={' '.join(proxy)}", "-o", "ProxyUseFdpass=yes"]
         # Not vsock/CID, for which systemd's own configuration has no key checked.
         to = alias
-    argv += ["-o", "CheckHostIP=no", "-o", f"HostKeyAlias={alias}", "-l", user]
+    argv += ["-o", "CheckHostIP=no", "-o", f"HostKeyAlias={alias}"]
+    # ssh takes the first user that it is given: this one, if there is one.
+    argv += ["-l", user] if user else []
     _become([*argv, to, *arguments])
+
+
+def names_user(arguments: Sequence[str]) -> bool:
+    """Whether arguments for ssh say whom to log in as, before the command begins (ssh(1))."""
+    words = iter(arguments)
+    for word in words:
+        if word == "--" or not word.startswith("-") or word == "-":
+            return False
+        for number, letter in enumerate(word[1:], 2):
+            if letter in _SSH_OPTIONS_WITH_VALUE:
+                value = word[number:] or next(words, "")
+                option = value.replace("=", " ").split()[:1]
+                if letter == "l" or (
+                    letter == "o" and [each.lower() for each in option] == ["user"]
+                ):
+                    return True
+                break
+    return False
 
 
 def _for_ssh(word: str) -> str:

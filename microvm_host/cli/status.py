@@ -13,7 +13,7 @@ from .. import listing, pcilisting, runner
 from ..errors import PackageError
 from ..source import remembered
 from ..sysfs import attribute
-from . import jobs, table
+from . import emulation, jobs, table
 
 # By what their packages have on the command line, or by default.
 _ASK_FOR_MERGING = ("qemu", "cloud-hypervisor")
@@ -82,6 +82,7 @@ def _details(row: listing.Row, package: runner.Package, host: HostPaths) -> dict
         "vsock_cid": package.vsock_cid,
         "readiness": jobs.readiness(row.name) or package.readiness,
         "merges_memory": _merges_memory(package, host),
+        "without_kvm": emulation.reason(row.name, package, host),
         "taps": [tap.name for tap in package.taps],
         "macvtaps": [macvtap.name for macvtap in package.macvtaps],
         "pci_devices": list(package.pci_devices),
@@ -96,6 +97,7 @@ def _details(row: listing.Row, package: runner.Package, host: HostPaths) -> dict
 def _print(row: listing.Row, package: runner.Package, host: HostPaths) -> None:
     click.echo(listing.as_text(row, table.paint))
     readiness = jobs.readiness(row.name) or package.readiness
+    emulated = emulation.reason(row.name, package, host)
     for title, value in (
         ("package", package.path),
         ("from", str(remembered(host.vm(row.name)) or "")),
@@ -109,6 +111,7 @@ def _print(row: listing.Row, package: runner.Package, host: HostPaths) -> None:
             if _merges_memory(package, host) is False
             else "",
         ),
+        ("without KVM", emulated and f"about ten times slower: {emulated}"),
         ("taps", ", ".join(tap.name for tap in package.taps)),
         ("macvtaps", ", ".join(f"{each.name} on {each.link}" for each in package.macvtaps)),
         ("PCI", ", ".join(pcilisting.in_short(each, host) for each in package.pci_devices)),

@@ -62,3 +62,8 @@ def install(name: str, host: HostPaths) -> None:
     log.status(f"Installing {declared.source}")
     change = install.declared(declared, host)
     log.status(change.describe())
+    if change.is_new and declared.source.kind != "declaration":
+        from .. import microvm_nix, runner
+
+        for notice in microvm_nix.notices(runner.load(change.after), host.vm(name)):
+            log.notice(notice, vm=name)

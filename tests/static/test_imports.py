@@ -52,9 +52,10 @@ LAYERS: tuple[set[str], ...] = (
         "trust",
         "users",
     },
-    {"attach", "build_record", "declaration", "hostuse", "install_lock", "nodes", "pci_lock"}
+    {"attach", "build_record", "declaration", "hostuse", "install_lock", "kvm", "nodes", "pci_lock"}
     | {"pciids"},
-    {"build", "guests", "plan", "reborn", "service", "store", "systemd", "taken", "vsock"},
+    {"build", "guests", "microvm_nix", "plan", "reborn", "service", "store", "systemd", "taken"}
+    | {"vsock"},
     {"environment"},
     # What changes the host; these do not know of each other.
     {
@@ -76,7 +77,7 @@ LAYERS: tuple[set[str], ...] = (
         "guestagent",
     },
     {"diff", "install", "listing", "network", "pcilisting"},
-    {"apply", "init", "reconcile", "remove"},
+    {"apply", "closures", "init", "reconcile", "remove"},
     # Entry points, which nothing imports.
     {"generator", "helper", "cli"},
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -302,9 +303,44 @@ def test_list_json(capfd: pytest.CaptureFixture[str], web: Package) -> None:
     assert (row["name"], row["state"], row["current"]["package"]) == ("web", "current", web.path)
 
 
-def test_status(
-    capfd: pytest.CaptureFixture[str], web: Package, monkeypatch: pytest.MonkeyPatch
+def has_kvm(host: HostPaths) -> None:
+    packages.put(Path(host.cpu_info), "", "flags\t\t: fpu vmx lm\n")
+    packages.put(Path(host.kvm), "", "")
+
+
+def test_what_is_emulated_is_told(
+    capfd: pytest.CaptureFixture[str],
+    host: HostPaths,
+    web: Package,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(jobs, "show_unit", lambda vm: 0)
+    started: list[str] = []
+    monkeypatch.setattr(jobs, "run", lambda verb, vms: started.extend((verb, *vms)))
+    slow = "without KVM, about ten times slower: this host's CPU offers none"
+    code, _, err = run(capfd, "start", "web")
+    assert code == 0 and err.count(f"microvm: web: {slow}") == 1
+    assert " without KVM: about ten times slower: " in run(capfd, "status", "web")[1]
+    assert json.loads(run(capfd, "status", "web", "--json")[1])["without_kvm"]
+    has_kvm(host)
+    assert run(capfd, "restart", "web")[2] == ""
+    assert json.loads(run(capfd, "status", "web", "--json")[1])["without_kvm"] is None
+    # Others do not run without it, and say so.
+    os.unlink(host.kvm)
+    packages.put(Path(web.path), "share/microvm/hypervisor", "crosvm\n")
+    assert run(capfd, "start", "web")[2] == ""
+    # Nor does one that is not there, which systemd tells of.
+    assert run(capfd, "start", "nobody")[2] == ""
+    assert started == ["start", "web", "restart", "web", "start", "web", "start", "nobody"]
+
+
+def test_status(
+    capfd: pytest.CaptureFixture[str],
+    host: HostPaths,
+    web: Package,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    has_kvm(host)
     monkeypatch.setattr(jobs, "show_unit", lambda vm: 0)
     code, out, _ = run(capfd, "status", "web")
     assert code == 0
@@ -441,6 +477,33 @@ def test_ssh_by_a_hypervisors_own_vsock(
     monkeypatch.setattr(attach, "running", lambda vm_name, host: vm)
     (call,) = ssh_calls(monkeypatch, "web")
     assert call == ("root", "web", "vsock/42", [f"unix:12345:{host.vm('web')}/notify.vsock"], ())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "user"),
+    [
+        ("-l alice", ""),
+        ("-lalice", ""),
+        ("-vl alice ls", ""),
+        ("-p 22 -o User=alice", ""),
+        ("-ouser=alice", ""),
+        ("-o 'User alice'", ""),
+        ("-v", "root"),
+        ("-o UserKnownHostsFile=/x", "root"),
+        ("-p 22 -i -l ls", "root"),
+        # The guest's command's.
+        ("ls -l alice", "root"),
+        ("-- -l alice", "root"),
+    ],
+)
+def test_whom_sshs_own_options_log_in_as(
+    monkeypatch: pytest.MonkeyPatch, web: Package, arguments: str, user: str
+) -> None:
+    words = shlex.split(arguments)
+    (call,) = ssh_calls(monkeypatch, "web", "--", *words)
+    assert call == (user, "web", "vsock/42", ["cid:42"], tuple(words))
+    (call,) = ssh_calls(monkeypatch, "bob@web", "--", *words)
+    assert call == ("bob", "web", "vsock/42", ["cid:42"], tuple(words))
 
 
 def test_ssh_without_cid(capfd: pytest.CaptureFixture[str], web: Package) -> None:

@@ -207,7 +207,8 @@ def test_a_console_without_a_hub(tmp_path: Path, *, is_terminal: bool) -> None:
     )
     os.close(master)
     os.close(slave)
-    assert done.stderr == ""
+    # That it is emulated, where this host has no KVM.
+    assert [line for line in done.stderr.splitlines() if "without KVM" not in line] == []
     assert done.stdout == ("on the terminal\n" if is_terminal else "said by the guest\n")
 
 
