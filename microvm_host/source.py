@@ -31,7 +31,8 @@ def remembered(state_directory: str) -> Source | None:
         try:
             if _is_roots_file(os.fstat(file)):
                 text = os.read(file, _REFERENCE_MAX).decode(errors="replace")
-                return Source(kind, text.rstrip("\n"))
+                # People write these, too, with editors of any kind.
+                return Source(kind, text.removeprefix("\ufeff").rstrip("\r\n"))
         finally:
             os.close(file)
     return None

@@ -37,6 +37,14 @@ PLACE = "lib/cloud-init"
 _SIZE = "6M"
 # FAT's first moment, 1980-01-01: of the files, and for mkfs.vfat.
 _DATE = 315532800
+# How user-data and vendor-data begin (INCLUSION_TYPES_MAP of cloudinit/handlers/__init__.py), in
+# lower case; or compressed, by gzip.
+_KINDS = (
+    *(b"#cloud-config", b"#!", b"#include", b"#cloud-boothook", b"#part-handler"),
+    *(b"#upstart-job", b"## template: jinja", b"\x1f\x8b"),
+)
+_MIME = (b"content-", b"mime-version:", b"from ", b"from:", b"received:", b"subject:", b"to:")
+_BYTE_ORDER_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
 # What a guest asks for has to be told apart from what else is handed over.
 _PREFIX = "cloud-init."
 
@@ -76,11 +84,34 @@ def files(guest: Guest) -> dict[str, File]:
     return found
 
 
+def _check_kinds(cloud: CloudInit, tools: Tools) -> None:
+    """Refuse a file that cloud-init would pass over, but for a warning in the guest."""
+    heads = dict(tools.heads)
+    for key, path in cloud.kinds.items():
+        # Not shown: it may be secret.
+        head = heads.get(path, b"").lstrip().lower()
+        if head.startswith(_BYTE_ORDER_MARKS):
+            raise Refused(
+                ("cloudInit", key),
+                f"cloudInit.{key} = {path!r} begins with a byte order mark, with which cloud-init "
+                "does not know its first line",
+                "save it as UTF-8 without one",
+            )
+        if head and not head.startswith((*_KINDS, *_MIME)):
+            raise Refused(
+                ("cloudInit", key),
+                f"cloudInit.{key} = {path!r} does not say in its first line what it is, and "
+                "cloud-init would pass over it",
+                'begin it with "#cloud-config", or with "#!" if it is a script',
+            )
+
+
 def creation(guest: Guest, tools: Tools) -> str:
     """The lines of the script that make the disk; raises Refused."""
     cloud = guest.cloud_init
     if cloud is None:
         return ""
+    _check_kinds(cloud, tools)
     mkfs, mcopy = dict(tools.mkfs).get(SEED_FS), tools.mcopy
     for program, package, path in (("mkfs.vfat", "dosfstools", mkfs), ("mcopy", "mtools", mcopy)):
         if path is None:

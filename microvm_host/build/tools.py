@@ -22,6 +22,8 @@ from .refused import Refused
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     from ..declaration.guest import Guest
 
 _MACHINES = {"x86_64": "x86_64", "amd64": "x86_64"}
@@ -38,6 +40,9 @@ PROGRAMS = {
 }
 # Those whose options depend on their version.
 _VERSIONED = ("cloud-hypervisor", "firecracker")
+
+# More than any of the words takes by which cloud-init knows a file, with blank lines before it.
+_HEAD_MAX = 1024
 
 # What cloud-init's seed is.
 SEED_FS = "vfat"
@@ -75,6 +80,8 @@ class Tools:
     e2fs_version: tuple[int, ...] = ()
     erofs_version: tuple[int, ...] = ()
     blobs: tuple[Blob, ...] = ()
+    # How files for cloud-init begin, by their paths; those that cannot be read now are left out.
+    heads: tuple[tuple[str, bytes], ...] = ()
 
     def blob(self, path: str) -> Blob:
         return next(blob for blob in self.blobs if blob.path == path)
@@ -124,6 +131,7 @@ def find(guest: Guest, inputs: Inputs | None = None) -> Tools:
         e2fs_version=look.version(mkfs["ext4"], "-V") if "ext4" in filled & mkfs.keys() else (),
         erofs_version=look.version(mkfs["erofs"], "-V") if "erofs" in mkfs else (),
         blobs=tuple(blobs),
+        heads=tuple(look.heads(guest.cloud_init.kinds)) if guest.cloud_init is not None else (),
     )
 
 
@@ -176,6 +184,20 @@ class _Look:
                 lambda: ".".join(map(str, _version([program, option]))),
             )
         return tuple(map(int, said.split(".")))
+
+    def heads(self, paths: Mapping[str, str]) -> Iterator[tuple[str, bytes]]:
+        """How files begin."""
+        for path in paths.values():
+            self._inputs.see(path)
+            try:
+                # Not waiting: it could be a FIFO.
+                file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            except OSError:
+                # It is needed at the start, whose error it is.
+                continue
+            with os.fdopen(file, "rb") as source:
+                if stat.S_ISREG(os.fstat(file).st_mode):
+                    yield path, source.read(_HEAD_MAX)
 
     def blob(self, key: str, path: str) -> Blob:
         """A file that becomes part of the package."""

@@ -71,7 +71,8 @@ class Document:
         try:
             # Unbuffered: it is read at one stroke.
             with open(path, "rb", buffering=0) as source:
-                text = source.readall().decode()
+                # Editors may begin a file with a byte order mark, which TOML does not know.
+                text = source.readall().decode().removeprefix("\ufeff")
         except UnicodeDecodeError as error:
             raise DeclarationError("is not UTF-8 text", path=path) from error
         except FileNotFoundError as error:

@@ -142,6 +142,12 @@ class CloudInit:
     network_config: str | None = None
     vendor_data: str | None = None
 
+    @property
+    def kinds(self) -> dict[str, str]:
+        """Files that say in their first line what they are, by their keys."""
+        given = {"userData": self.user_data, "vendorData": self.vendor_data}
+        return {key: path for key, path in given.items() if path is not None}
+
 
 @frozen
 class Qemu:

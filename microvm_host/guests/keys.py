@@ -65,7 +65,7 @@ def _read(path: str) -> list[str]:
     try:
         # Not waiting: it could be a FIFO.
         file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(file, encoding="utf-8", errors="replace") as source:
+        with os.fdopen(file, encoding="utf-8-sig", errors="replace") as source:
             text = source.read(_LONGEST)
     except OSError as error:
         raise MicrovmHostError(f"cannot be read: {error.strerror}", path=path) from error

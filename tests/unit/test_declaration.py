@@ -69,6 +69,24 @@ def test_right(tmp_path: Path, text: str, expected: Declaration) -> None:
     assert declaration.load(str(path)) == expected
 
 
+@pytest.mark.parametrize("start", ["", "\ufeff"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("more", ["", "[vsock]"])
+def test_files_of_any_editor(tmp_path: Path, start: str, end: str, more: str) -> None:
+    path = tmp_path / "web.toml"
+    path.write_bytes((start + end.join(['runner = "/a"', "order = 3", more, ""])).encode())
+    directory = tmp_path / "web.toml.d"
+    directory.mkdir()
+    (directory / "10.toml").write_bytes((start + f"autostart = true{end}").encode())
+    assert declaration.read(str(path)).table["order"] == 3
+    assert declaration.read(str(path)).table["autostart"] is True
+    # The lines of errors are those that the editor shows.
+    (directory / "10.toml").write_bytes((start + f"{end}puzzle = 1{end}").encode())
+    with pytest.raises(DeclarationError) as raised:
+        declaration.load(str(path))
+    assert raised.value.line == 2
+
+
 WRONG: list[tuple[str | bytes, int | None, str]] = [
     ("", None, "says not what to run; give one of runner"),
     ("autostart = true\n", None, "says not what to run"),
