@@ -51,6 +51,17 @@ if TYPE_CHECKING:
             """Ask. Raises MicrovmHostError if that cannot be done, within so many seconds."""
 
 
+def _why_not_executable(program: str) -> str:
+    """What makes a program executable for this user."""
+    try:
+        is_noexec = os.statvfs(program).f_flag & os.ST_NOEXEC
+    except OSError:
+        is_noexec = False
+    if is_noexec:
+        return "its file system is mounted with noexec: mount it with exec, or move the package"
+    return "chmod -R a+rX the package"
+
+
 def become(program: str, running: str | None) -> NoReturn:
     """Replace this process by the package's `bin/microvm-run`.
 
@@ -64,7 +75,7 @@ def become(program: str, running: str | None) -> NoReturn:
     """
     if not os.access(program, os.X_OK):
         raise PackageError(
-            "cannot be executed by this user", path=program, hint="chmod -R a+rX the package"
+            "cannot be executed by this user", path=program, hint=_why_not_executable(program)
         )
     # From here on systemd takes the VM for started. What comes next, execve, was checked.
     if running is not None:

@@ -362,6 +362,19 @@ def test_become_without_interpreter(tmp_path: Path) -> None:
     )
 
 
+def test_become_on_a_file_system_without_programs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = packages.program(tmp_path, "bin/microvm-run", "#!/bin/sh\n")
+    given = os.statvfs(program)
+    flags = os.statvfs_result((*given[:8], os.ST_NOEXEC, given[9]))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(os, "statvfs", lambda _: flags)
+    with pytest.raises(PackageError, match="mounted with noexec") as raised:
+        hypervisor.become(str(program), None)
+    assert "chmod" not in str(raised.value)
+
+
 def test_become_what_may_not_run(tmp_path: Path) -> None:
     with pytest.raises(PackageError, match="cannot be executed by this user"):
         hypervisor.become(str(packages.put(tmp_path, "run", "x")), "Running it")
