@@ -11,7 +11,7 @@ import os
 import time
 import tomllib
 
-from . import declaration, install, names, network, state, systemd
+from . import declaration, install, names, network, state, systemd, users
 from .declaration import derived
 from .errors import MicrovmHostError, UsageError
 from .frozen import frozen
@@ -70,11 +70,14 @@ class Wish:
                 raise UsageError(f"{option} is for --guest {only} alone")
 
 
-def make(wish: Wish, host: HostPaths, say: Callable[[str], object]) -> str:
+def make(
+    wish: Wish, host: HostPaths, say: Callable[[str], object], *, has_own_user: bool = True
+) -> str:
     """Make the guest, and give the text of its declaration; nothing is declared by that.
 
     Args:
         say: is told what takes a while, and what has to be known.
+        has_own_user: whether the VM runs as a user of its own, and not as all others.
 
     Raises:
         UsageError: the wish cannot be.
@@ -82,7 +85,7 @@ def make(wish: Wish, host: HostPaths, say: Callable[[str], object]) -> str:
     """
     wish.check()
     made = _debian(wish, host, say) if wish.guest == DEBIAN else _small(wish, host, say)
-    return template.declaration(made)
+    return template.declaration(made, has_own_user=has_own_user)
 
 
 def _small(wish: Wish, host: HostPaths, say: Callable[[str], object]) -> template.Guest:
@@ -198,7 +201,8 @@ def declare(
             path=disk,
             hint="change its declaration by hand; or, to begin anew, stop it and delete the disk",
         )
-    text = make(wish, host, say)
+    # What is in the directory of a VM that there is belongs to the user that it has.
+    text = make(wish, host, say, has_own_user=not is_declared or _has_own_user(path))
     former = f"{path}.old"
     if is_declared:
         say(f"the former {path} is kept as {former}")
@@ -240,6 +244,13 @@ def _networks(table: dict[str, Any]) -> str:
             bridge = f" on {each['bridge']}" if each.get("bridge") else ""
             found.append(f"a {kind}{bridge}")
     return " and ".join(found) or "none"
+
+
+def _has_own_user(path: str) -> bool:
+    try:
+        return declaration.load(path).user == users.AUTO
+    except MicrovmHostError:
+        return False
 
 
 def _copy(source: str, target: str) -> None:

@@ -53,7 +53,7 @@ class Guest:
     vsock: bool = False
 
 
-def declaration(guest: Guest) -> str:
+def declaration(guest: Guest, *, has_own_user: bool = True) -> str:
     """The text of a guest's declaration."""
     name = guest.name
     lines = [
@@ -67,6 +67,7 @@ def declaration(guest: Guest) -> str:
         "# microvm.toml(5) has all keys. Write those of the VM itself above the first line that",
         "# begins with '[': below it, they would belong to that table.",
         "",
+        *(_USER if has_own_user else []),
         "# true: it starts when the host boots, and with `microvm apply`.",
         "autostart = false",
         '# "always": a guest that powers itself off is started again.',
@@ -104,6 +105,11 @@ def declaration(guest: Guest) -> str:
     return "\n".join([*lines, ""])
 
 
+_USER = (
+    "# The VM runs as a user of its own, microvm-NAME, who may not touch what other VMs have.",
+    'user = "auto"',
+    "",
+)
 _KERNEL_OF_DISK = (
     "# What the host boots, whatever kernels the guest's own apt installs: its modules are those",
     "# that the disk was made with.",

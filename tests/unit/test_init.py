@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from microvm_host import init, install, process
+from microvm_host import declaration, init, install, process
 from microvm_host.declaration import derived
 from microvm_host.declaration import guest as guests
 from microvm_host.errors import MicrovmHostError, UsageError
@@ -278,6 +278,18 @@ def test_a_guest_is_declared_and_installed(whole: HostPaths, installed: list[str
     assert "\nmem = 128\n" in text and 'type = "user"' in text
     assert os.listdir(whole.declarations) == ["web.toml"]
     assert len(said) == 1 and said[0].startswith("making a small guest of Linux 6.12.9")
+
+
+def test_a_guest_has_a_user_of_its_own(whole: HostPaths, installed: list[str]) -> None:
+    init.declare(Wish("web"), whole, nothing)
+    path = whole.declaration("web")
+    assert declaration.load(path).user == "auto"
+    init.declare(Wish("web"), whole, nothing, replaces=True)
+    assert declaration.load(path).user == "auto"
+    # What is in the directory of one that is there already belongs to the user that it has.
+    Path(path).write_text('kernel = "/k"\n')
+    init.declare(Wish("web"), whole, nothing, replaces=True)
+    assert declaration.load(path).user is None
 
 
 def test_the_network_is_used_where_it_is(whole: HostPaths, installed: list[str]) -> None:
