@@ -298,9 +298,8 @@ class _Reader:
         try:
             return check(text)
         except NameInvalid as error:
-            raise PackageError(
-                error.message, path=self.at(file), line=line, hint=error.hint
-            ) from error
+            hint = _of_an_editor(text) or error.hint
+            raise PackageError(error.message, path=self.at(file), line=line, hint=hint) from error
 
     def names_in(self, file: str, check: Callable[[str], str]) -> tuple[str, ...]:
         """A file of one name a line, none of them twice."""
@@ -642,6 +641,13 @@ class _Reader:
                 )
         assert path is not None and protocol is not None
         return ControlSocket(path, protocol)
+
+
+def _of_an_editor(text: str) -> str:
+    """What makes a line right that an editor of another system wrote; empty for any other."""
+    if text.startswith("\ufeff"):
+        return "save the file without a byte order mark"
+    return "save the file with UNIX line ends, without carriage returns" if "\r" in text else ""
 
 
 _SHARE_OPTIONS = ("read-only", "cache", "posix-acl", "extra-args")

@@ -87,6 +87,25 @@ def test_everything(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("file", "text", "hint"),
+    [
+        ("tap-interfaces", "web0\r\nweb1\r\n", "UNIX line ends"),
+        ("tap-interfaces", "\ufeffweb0\n", "byte order mark"),
+        ("vsock-cid", "42\r\n", "UNIX line ends"),
+        ("machine-uuid", "\ufeff12345678-1234-1234-1234-123456789abc", "byte order mark"),
+        ("readiness", "guest\r\n", "UNIX line ends"),
+        ("pci-devices", "0000:01:00.0\r\n", "UNIX line ends"),
+    ],
+)
+def test_files_of_any_editor(tmp_path: Path, file: str, text: str, hint: str) -> None:
+    packages.minimal(tmp_path)
+    packages.put(tmp_path, f"share/microvm/{file}", text)
+    with pytest.raises(PackageError, match=hint) as raised:
+        runner.load(str(tmp_path))
+    assert raised.value.line == 1
+
+
+@pytest.mark.parametrize(
     ("files", "expected"),
     [
         ({}, "exec"),
