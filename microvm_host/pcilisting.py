@@ -147,8 +147,11 @@ def check(vm: str, identity: Identity, host: HostPaths) -> Check:
     """
     addresses = runner.load_pci_devices(host.current(vm))
     has = _has(vm, host)
-    is_stopping = False
-    if has:
+    is_running = is_stopping = False
+    if not has:
+        units = systemd.states(names.unit(vm), names.foreground_unit(vm))
+        is_running = any(state in ("activating", "active") for state in units.values())
+    else:
         # Its own unit, not the VM's: in the foreground that is another.
         unit = f"microvm-pci-devices@{vm}.service"
         state = systemd.states(unit).get(unit)
@@ -161,6 +164,7 @@ def check(vm: str, identity: Identity, host: HostPaths) -> Check:
         vm,
         addresses,
         has,
+        is_running=is_running,
         is_stopping=is_stopping,
         steps=tuple(step.describe() for step in steps),
         problems=tuple(problems),

@@ -128,7 +128,8 @@ def check(vm: str, host: HostPaths, *, as_json: bool) -> None:
 
 def _print(found: Check) -> None:
     if found.is_running:
-        click.echo(f"{found.vm}: runs, and has {', '.join(found.has)}")
+        click.echo(f"{found.vm}: runs, and has {', '.join(found.has) or 'no PCI devices'}")
+    if found.is_running and (found.has or not found.addresses):
         return
     if found.has and found.is_stopping:
         click.echo(
@@ -146,6 +147,6 @@ def _print(found: Check) -> None:
     if not found.addresses:
         click.echo(f"{found.vm}: its package asks for no PCI devices")
     elif found.steps:
-        click.echo(f"{found.vm}: a start would")
+        click.echo(f"{found.vm}: {'its next' if found.is_running else 'a'} start would")
         for step in found.steps:
             click.echo(f"  {step}")

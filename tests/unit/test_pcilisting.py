@@ -422,6 +422,24 @@ def test_check_of_a_vm_without_devices_and_of_one_that_has_them(
 
 
 @pytest.mark.usefixtures("devices")
+def test_check_of_a_vm_that_runs_without_devices(
+    host: HostPaths, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm(host, root, "plain")
+    assert not json.loads(run("check", "--json", "plain").stdout)["running"]
+    for unit in ("microvm@plain.service", "microvm-foreground-plain.service"):
+        states = {unit: "active"}
+        monkeypatch.setattr(systemd, "states", lambda *units, states=states: states)
+        assert json.loads(run("check", "--json", "plain").stdout)["running"]
+        assert run("check", "plain").stdout == "plain: runs, and has no PCI devices\n"
+    # The package of its next start asks for some.
+    vm(host, root, "web", "02:00.0")
+    monkeypatch.setattr(systemd, "states", lambda *units: {"microvm@web.service": "active"})
+    shown = run("check", "web").stdout
+    assert shown.startswith("web: runs, and has no PCI devices\nweb: its next start would\n  bind ")
+
+
+@pytest.mark.usefixtures("devices")
 def test_check_of_a_vm_that_is_stopping(
     host: HostPaths, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
