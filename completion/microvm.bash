@@ -103,7 +103,8 @@ _microvm() {
         case $command in
             adopt) options='--from --user' ;;
             build) options='-o --output' ;;
-            balloon | history | network | show) options='--json' ;;
+            balloon | network | show) options='--json' ;;
+            history) options='--diff --json' ;;
             console) options='-r --read-only -e --escape -n --lines -w --wait' ;;
             exec) options='-i --stdin -t --timeout' ;;
             rollback) options='-R --restart' ;;

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What is different between two packages, as a diff of their files.
+"""What is different between two packages: their files, and what they were declared by.
 
 For people and for `microvm history`: nothing acts on it.
 """
@@ -10,9 +10,12 @@ import difflib
 import os
 import stat
 
+from .declaration.document import IDENTITIES
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from typing import Any
 
 # A script or a list is no longer than that; the rest are kernels and disks.
 _TEXT_MAX = 256 * 1024
@@ -39,6 +42,38 @@ def diff(before: str, after: str) -> list[str]:
             lineterm="",
         )
     return found
+
+
+def changed_files(before: str, after: str) -> list[str]:
+    """The files that two packages do not have alike."""
+    old, new = _files(before), _files(after)
+    return [path for path in sorted({*old, *new}) if old.get(path) != new.get(path)]
+
+
+def changed_keys(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """The keys of a declaration that have other values now, as `volumes[data.img].size`.
+
+    Each with its former and its new value; None stands for none.
+    """
+    old, new = dict(_keys(before, "")), dict(_keys(after, ""))
+    return [
+        (key, old.get(key), new.get(key))
+        for key in dict.fromkeys([*old, *new])
+        if old.get(key) != new.get(key)
+    ]
+
+
+def _keys(table: dict[str, Any], at: str) -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        # What tells the tables of a list apart.
+        identity = "" if at else IDENTITIES.get(key, "")
+        if isinstance(value, dict):
+            yield from _keys(value, f"{at}{key}.")
+        elif identity and isinstance(value, list) and all(isinstance(each, dict) for each in value):
+            for each in value:
+                yield from _keys(each, f"{at}{key}[{each.get(identity)}].")
+        else:
+            yield f"{at}{key}", value
 
 
 def _files(package: str) -> dict[str, str]:

@@ -307,7 +307,7 @@ class _Installation:
             with store.locked(host):
                 self._switch(after)
                 if passed_over is None:
-                    store.note(name, after, host)
+                    store.note(name, after, host, declared=plan.declared)
         except BaseException:
             self._undo()
             self._collect()

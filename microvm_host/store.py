@@ -23,11 +23,15 @@ from .install_lock import Lock
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     # Types alone: what is put there is handed over, and the store knows no builder.
     from .build.tree import Copy, Tree
     from .paths import HostPaths
 
 KEPT = 5
+# Keys of a declaration that only root may read, unlike a history.
+_PRIVATE = ("cloudInit", "credentialFiles")
 # As many as anybody looks at; those before them are forgotten.
 _ENTRIES_MAX = 100
 _DIGEST = frozenset("0123456789abcdef")
@@ -45,11 +49,13 @@ class Entry:
 
     `instead_of` is what a rollback, or several in a row, turned away from: that one is not
     installed again by itself. It is the package itself where a rollback led back to that.
+    `declared` are the keys that it was built from, where that is known.
     """
 
     package: str
     time: float
     instead_of: str | None = None
+    declared: dict[str, Any] | None = None
 
 
 def locked(host: HostPaths, doing: str = "changes the store of packages") -> Lock:
@@ -182,7 +188,13 @@ def history(name: str, host: HostPaths) -> tuple[Entry, ...]:
         ) from error
 
 
-def note(name: str, package: str, host: HostPaths, instead_of: str | None = None) -> None:
+def note(
+    name: str,
+    package: str,
+    host: HostPaths,
+    instead_of: str | None = None,
+    declared: dict[str, Any] | None = None,
+) -> None:
     """Write down that a VM was given a package, unless that is what was written down last."""
     import json
 
@@ -190,7 +202,13 @@ def note(name: str, package: str, host: HostPaths, instead_of: str | None = None
     last = entries[-1] if entries else None
     if last and last.package == package and last.instead_of in (instead_of, package):
         return
-    entries = (*entries, Entry(package, round(time.time(), 3), instead_of))[-_ENTRIES_MAX:]
+    if declared is None:
+        # A rollback, to what was built of them earlier.
+        declared = next((each.declared for each in entries if each.package == package), None)
+    elif declared:
+        declared = {key: value for key, value in declared.items() if key not in _PRIVATE}
+    entry = Entry(package, round(time.time(), 3), instead_of, declared)
+    entries = (*entries, entry)[-_ENTRIES_MAX:]
     _make(host.histories)
     path = host.history(name)
     temporary = f"{path}.new"

@@ -21,6 +21,7 @@ from .tree import Tree
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
     from ..declaration.claims import Claims
     from ..declaration.guest import Guest
@@ -34,6 +35,8 @@ class Plan:
     tree: Tree
     images: tuple[str, ...] = ()
     user: str | None = None
+    # What the declaration and its drop-ins say, together.
+    declared: dict[str, Any] | None = None
 
 
 def plan(
@@ -67,7 +70,7 @@ def plan(
     except Refused as error:
         raise read.error(error.at, error.message, error.hint) from error
     images = tuple(volume.image for _, volume in volumes.filled(guest))
-    return Plan(tree, images, declaration.of(read).user)
+    return Plan(tree, images, declaration.of(read).user, read.table)
 
 
 def tree(

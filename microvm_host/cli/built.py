@@ -1,22 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""`microvm build`, `show` and `history`: packages that are made of declarations."""
+"""`microvm build` and `show`: packages that are made of declarations."""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
-import time
-
-import click
 
 from .. import state, store
-from ..diff import diff
 from ..errors import MicrovmHostError
 from ..paths import MICROVM_RUN, HostPaths
-from .table import paint
-
-_SHORT = 12
 
 
 def build(path: str, output: str) -> None:
@@ -52,46 +44,3 @@ def command_line(vm: str, host: HostPaths) -> list[str]:
     if done.returncode:
         raise MicrovmHostError(f"{MICROVM_RUN} ended with {done.returncode}", path=package)
     return done.stdout.splitlines()
-
-
-def show_history(vm: str, host: HostPaths, *, as_json: bool) -> None:
-    """Print the packages that a VM had, newest last, with what each changed."""
-    entries = store.history(vm, host)
-    current = state.pointed_to(host.current(vm))
-    booted = state.booted(vm, host)
-    rows: list[dict[str, object]] = []
-    changes: list[list[str]] = []
-    before = None
-    for entry in entries:
-        is_there = os.path.isdir(entry.package)
-        can_compare = before is not None and is_there and os.path.isdir(before)
-        changes.append(diff(before, entry.package) if can_compare and before else [])
-        rows.append(
-            {
-                "package": entry.package,
-                "time": entry.time,
-                "rolled_back_from": entry.instead_of,
-                "current": entry.package == current,
-                "booted": entry.package == booted,
-                "available": is_there,
-                "changes": changes[-1] if can_compare else None,
-            }
-        )
-        before = entry.package
-    if as_json:
-        click.echo(json.dumps(rows, indent=2))
-        return
-    if not rows:
-        click.echo(
-            f"microvm: {vm} has no history: its package was not made of a declaration", err=True
-        )
-    for entry, row, lines in zip(entries, rows, changes, strict=True):
-        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry.time))
-        words = [word for word in ("current", "booted") if row[word]]
-        words += [] if row["available"] else ["no longer kept"]
-        words += ["a rollback"] if entry.instead_of else []
-        digest = os.path.basename(entry.package)[:_SHORT]
-        click.echo(f"{when}  {paint('bold', digest)}  {', '.join(words)}".rstrip())
-        for line in lines:
-            colour = {"+": "green", "-": "red", "@": "faint"}.get(line[0])
-            click.echo(f"    {paint(colour, line) if colour else line}")

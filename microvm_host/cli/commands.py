@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from .. import remove as removal
     from . import access, built, emulation, jobs, networks, start_many, table
     from . import fresh as fresh_guests
+    from . import history as histories
     from . import pci as pci_commands
     from . import status as status_pages
 else:
@@ -56,6 +57,7 @@ else:
     service, systemd, users = Later("..service"), Later("..systemd"), Later("..users")
     access, built, fresh_guests = Later(".access"), Later(".built"), Later(".fresh")
     initial, jobs, networks = Later("..init"), Later(".jobs"), Later(".networks")
+    histories = Later(".history")
     start_many, status_pages = Later(".start_many"), Later(".status")
     networking, removal = Later("..network"), Later("..remove")
     pci_commands, table = Later(".pci"), Later(".table")
@@ -303,11 +305,12 @@ def show(vm: str, as_json: bool) -> None:
 
 @microvm.command()
 @click.argument("vm", metavar="NAME", type=NAME)
+@click.option("--diff", "as_diff", is_flag=True, help="Show what changed in the packages' files.")
 @JSON
-def history(vm: str, as_json: bool) -> None:
+def history(vm: str, as_diff: bool, as_json: bool) -> None:
     """Show the packages that a VM had, and what changed."""
     _existing(vm)
-    built.show_history(vm, HOST, as_json=as_json)
+    histories.show(vm, HOST, as_json=as_json, as_diff=as_diff)
 
 
 @microvm.command()

@@ -132,6 +132,8 @@ def test_history_and_rollback(toolkit: Toolkit, vm: str) -> None:
     inodes = toolkit.sh(f"stat -c %i {first}/lib/kernel {second}/lib/kernel").split()
     assert inodes[0] == inodes[1]
     shown = toolkit.sh(f"microvm history {vm}")
+    assert shown.splitlines()[2:] == ["    vcpu = 2 (new)"], shown
+    shown = toolkit.sh(f"microvm history {vm} --diff")
     assert "-    -smp 1 \\" in shown and "+    -smp 2 \\" in shown, shown
     assert "+multi_queue" in shown
     assert f"rolled back from {second} to {first}" in toolkit.sh(f"microvm rollback {vm}")
@@ -146,6 +148,7 @@ def test_history_and_rollback(toolkit: Toolkit, vm: str) -> None:
     assert [entry["package"] for entry in entries] == [first, second, first, second]
     assert [entry["rolled_back_from"] for entry in entries] == [None, None, second, None]
     assert [entry["current"] for entry in entries] == [False, True, False, True]
+    assert entries[2]["keys"] == [{"key": "vcpu", "before": 2, "after": None}]
     # What it says of the unit holds with an update, too.
     toolkit.host.write(f"/etc/microvms/{vm}.toml.d/30-times.toml", "shutdown_timeout = 77\n")
     assert f"{vm}: up to date" in toolkit.sh(f"microvm update {vm}")

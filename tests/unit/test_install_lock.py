@@ -209,7 +209,7 @@ def test_a_failed_update_has_the_former_package(
 ) -> None:
     first, second = build(host, "web", 1), None
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -377,5 +377,5 @@ def test_installs_rollbacks_and_removals_at_once_lose_nothing(
     assert not install_lock.kept(host)
 
 
-def interrupted(*_: object) -> None:
+def interrupted(*_: object, **__: object) -> None:
     raise KeyboardInterrupt

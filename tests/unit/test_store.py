@@ -94,7 +94,7 @@ def test_a_wrong_declaration_changes_nothing(host: HostPaths) -> None:
 def test_a_failure_leaves_neither_package_nor_vm(
     host: HostPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     for where in (state, "link"), (store, "note"), (runner, "load"), (os, "rename"):
