@@ -21,6 +21,13 @@ from .paths import HostPaths
 
 ERR, WARNING, NOTICE, INFO = 3, 4, 5, 6
 _PATIENCE = 30.0  # seconds
+# How long one message may wait for a full queue. journald empties its own within milliseconds.
+JOURNAL_WITHIN = 0.5  # seconds
+# systemd does not read messages while it reloads its units, and READY=1 must not be lost.
+SYSTEMD_WITHIN = 60.0  # seconds
+
+# Sockets that let a message wait too long. Further messages do not wait for them.
+_hung: set[str] = set()
 
 
 def write(priority: int, message: str, *, vm: str | None = None) -> None:
@@ -34,7 +41,11 @@ def write(priority: int, message: str, *, vm: str | None = None) -> None:
     if _to_journal(priority, message, vm) or sys.stderr is None:
         return
     # sd-daemon(3): the prefix sets the priority of the line, where the journal reads it.
-    prefix = f"<{priority}>" if "JOURNAL_STREAM" in os.environ else ""
+    prefix = ""
+    if "JOURNAL_STREAM" in os.environ:
+        prefix = f"<{priority}>"
+        if not _takes_more(2):
+            return
     sys.stderr.write(f"{prefix}{_folded(message)}\n")
     sys.stderr.flush()
 
@@ -75,7 +86,8 @@ def _to_journal(priority: int, message: str, vm: str | None) -> bool:
         *(f"OBJECT_SYSTEMD_UNIT={unit}" for unit in sorted(units) if unit),
         *([f"MICROVM_NAME={vm}"] if vm is not None else []),
     ]
-    return _send(host.journal_socket, "".join(f"{field}\n" for field in fields))
+    text = "".join(f"{field}\n" for field in fields)
+    return _send(host.journal_socket, text, JOURNAL_WITHIN)
 
 
 def _folded(message: str) -> str:
@@ -100,7 +112,7 @@ def notify(state: str) -> None:
     """
     address = os.environ.get("NOTIFY_SOCKET", "")
     if address.startswith(("/", "@")):
-        _send("\0" + address[1:] if address[0] == "@" else address, state)
+        _send("\0" + address[1:] if address[0] == "@" else address, state, SYSTEMD_WITHIN)
 
 
 def status(text: str) -> None:
@@ -131,13 +143,30 @@ def kernel(priority: int, message: str, path: str) -> None:
         os.close(target)
 
 
-def _send(address: str, datagram: str) -> bool:
-    """Send a datagram to a UNIX socket, not waiting; False if nobody took it."""
+def _send(address: str, datagram: str, within: float) -> bool:
+    """Send a datagram to a UNIX socket; False if nobody took it within these seconds."""
     connection = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC)
     try:
+        connection.settimeout(0 if address in _hung else within)
         connection.sendto(datagram.encode(errors="backslashreplace"), address)
+    except TimeoutError:
+        _hung.add(address)
+        return False
     except OSError:
         return False
     finally:
         connection.close()
     return True
+
+
+def _takes_more(fd: int) -> bool:
+    """Whether a pipe or stream to journald has room for a line, or has it soon."""
+    from select import POLLOUT, poll
+
+    name = f"fd {fd}"
+    room = poll()
+    room.register(fd, POLLOUT)
+    if room.poll(0 if name in _hung else JOURNAL_WITHIN * 1000):
+        return True
+    _hung.add(name)
+    return False

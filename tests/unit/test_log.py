@@ -6,6 +6,9 @@ from __future__ import annotations
 import os
 import secrets
 import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -167,3 +170,56 @@ def test_kernel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log.kernel(log.ERR, "no kmsg", str(tmp_path / "none"))
     assert capsys.readouterr().err == "no kmsg\n"
     assert not os.path.exists(tmp_path / "none")
+
+
+# ---- a journald or systemd that hangs
+
+HANGS = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from microvm_host import log
+os.geteuid = lambda: int(sys.argv[2])
+log.SYSTEMD_WITHIN = 0.5
+for _ in range(3):
+    log.error("it failed", vm="web")
+    log.notify("READY=1")
+print("done")
+"""
+
+
+@pytest.mark.parametrize("uid", [0, 1000])
+def test_nothing_waits_for_long_where_nobody_reads(root: Path, uid: int) -> None:
+    """journald and systemd are stopped; their queues are full."""
+    (root / "run/systemd/journal").mkdir(parents=True)
+    sockets = [str(root / "run/systemd/journal/socket"), str(root / "notify")]
+    listeners = [listen(path) for path in sockets]
+    for path in sockets:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                while True:
+                    sender.sendto(b"x", path)
+    theirs, ours = socket.socketpair()
+    ours.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        while True:
+            ours.send(bytes(4096))
+    ours.setblocking(True)
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-IS", "-c", HANGS, str(Path(__file__).parents[2]), str(uid)],
+        env={
+            "MICROVM_HOST_ROOT": str(root),
+            "INVOCATION_ID": "0123456789abcdef0123456789abcdef",
+            "JOURNAL_STREAM": "8:1",
+            "NOTIFY_SOCKET": str(root / "notify"),
+        },
+        stdout=subprocess.PIPE,
+        stderr=ours,
+        timeout=20,
+    )
+    assert done.stdout == b"done\n"
+    # Once for each that does not read, not once for each message.
+    assert time.monotonic() - began < 5
+    for each in (*listeners, theirs, ours):
+        each.close()
