@@ -13,7 +13,18 @@ from __future__ import annotations
 import os
 import select
 import time
-from _signal import SIGKILL, SIGTERM, pidfd_send_signal  # `signal` makes enums of them, for 5 ms
+# `signal` makes enums of these, for 5 ms.
+from _signal import (
+    SIG_DFL,
+    SIG_IGN,
+    SIGKILL,
+    SIGPIPE,
+    SIGRTMIN,
+    SIGTERM,
+    SIGXFSZ,
+    pidfd_send_signal,
+    signal,
+)
 
 from . import log
 from .errors import MicrovmHostError, PackageError
@@ -51,6 +62,13 @@ if TYPE_CHECKING:
             """Ask. Raises MicrovmHostError if that cannot be done, within so many seconds."""
 
 
+# Python ignores these, and who is executed by it would inherit that.
+IGNORED_BY_PYTHON = (SIGPIPE, SIGXFSZ)
+# What `machinectl poweroff` and its like send to the main process (systemd(1), "Signals"), by
+# default the end of it. No hypervisor knows them, so that the guest would lose its power.
+_FOR_SYSTEMD = tuple(SIGRTMIN + number for number in (*range(3, 8), *range(13, 18)))
+
+
 def _why_not_executable(program: str) -> str:
     """What makes a program executable for this user."""
     try:
@@ -84,6 +102,10 @@ def become(program: str, running: str | None) -> NoReturn:
     # emptied: a script that minds unset variables minds that it is gone.
     if "NOTIFY_SOCKET" in os.environ:
         os.environ["NOTIFY_SOCKET"] = ""
+    for number in IGNORED_BY_PYTHON:
+        signal(number, SIG_DFL)
+    for number in _FOR_SYSTEMD:
+        signal(number, SIG_IGN)
     try:
         os.execv(program, [program])
     except OSError as error:
@@ -249,14 +271,14 @@ def _tell_systemd(status: str) -> None:
     log.notify(f"STATUS={status}\nEXTEND_TIMEOUT_USEC={EXTENSION * 1e6:.0f}")
 
 
-def _signalled(main: int, signal: int, within: float) -> bool:
+def _signalled(main: int, number: int, within: float) -> bool:
     """Send a signal; whether the hypervisor has ended within that many seconds.
 
     Raises:
         MicrovmHostError: it runs as somebody else; systemd is to end it.
     """
     try:
-        pidfd_send_signal(main, signal)
+        pidfd_send_signal(main, number)
     except ProcessLookupError:
         return True
     except PermissionError as error:
@@ -348,6 +370,7 @@ class _RunningScript:
                 os.environ,
                 file_actions=[(os.POSIX_SPAWN_DUP2, stdin, 0)],
                 setpgroup=0,
+                setsigdef=IGNORED_BY_PYTHON,
             )
         except OSError as error:
             os.close(self._stdin)

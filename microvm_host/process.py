@@ -24,13 +24,18 @@ def output(argv: list[str], *, errors: bool = False) -> str:
     Raises:
         MicrovmHostError: it is missing or did not exit with 0.
     """
+    from _signal import SIGPIPE, SIGXFSZ
+
     # Programs of systemd's report to $NOTIFY_SOCKET if there is one: they are not the service.
     environment = {key: value for key, value in os.environ.items() if key != "NOTIFY_SOCKET"}
     reader, writer = os.pipe()
     try:
         try:
             actions = [(os.POSIX_SPAWN_DUP2, writer, fd) for fd in ((1, 2) if errors else (1,))]
-            child = os.posix_spawnp(argv[0], argv, environment, file_actions=actions)
+            # Python ignores these signals, which the program would inherit.
+            child = os.posix_spawnp(
+                argv[0], argv, environment, file_actions=actions, setsigdef=(SIGPIPE, SIGXFSZ)
+            )
         except OSError as error:
             raise MicrovmHostError(f"cannot run {argv[0]}: {error.strerror}") from error
         finally:

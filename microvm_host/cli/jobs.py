@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -381,6 +382,8 @@ def disable(vm: str) -> None:
 
 
 def _become(argv: list[str]) -> NoReturn:
+    # Python ignores it, and `microvm logs | head` is to end journalctl.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         os.execvp(argv[0], argv)
     except FileNotFoundError as error:

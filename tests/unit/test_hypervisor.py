@@ -353,6 +353,29 @@ def test_become_is_the_same_process(tmp_path: Path) -> None:
     assert after == f"{before} {program}"
 
 
+def signals(status: str, key: str) -> set[int]:
+    """The signals of a mask in /proc/PID/status."""
+    mask = int(re.search(rf"^{key}:\t(\w+)$", status, re.MULTILINE)[1], 16)  # type: ignore[index]
+    return {number for number in range(1, 65) if mask >> (number - 1) & 1}
+
+
+def test_become_leaves_no_signal_as_python_had_it(tmp_path: Path) -> None:
+    program = packages.program(tmp_path, "run", "#!/bin/sh\nexec cat /proc/self/status\n")
+    status = become(tmp_path, str(program)).stdout
+    assert signals(status, "SigBlk") == set()
+    # What `machinectl poweroff` sends does not pull the plug.
+    containers = {*range(37, 42), *range(47, 52)}
+    assert signals(status, "SigIgn") == containers
+
+
+def test_the_script_has_the_signals_of_a_shell(main: Start, said: list[str], tmp_path: Path) -> None:
+    child = main("exec sleep 60")
+    body = f"cat /proc/self/status >{tmp_path}/status; kill {child.pid}"
+    stop(child.pid, script(tmp_path, body))
+    # posix_spawn(3) of glibc ignores the two that glibc uses itself.
+    assert signals((tmp_path / "status").read_text(), "SigIgn") <= {32, 33}
+
+
 def test_become_without_interpreter(tmp_path: Path) -> None:
     program = packages.program(tmp_path, "bin/microvm-run", "#! /nonexistent/bash -e\n")
     done = become(tmp_path, str(program))
