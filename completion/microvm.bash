@@ -10,7 +10,7 @@ _microvm_vms() {
         name=${directory##*/}
         case $1 in
             start | run | adopt) [[ ! -L $directory/booted ]] || continue ;;
-            stop | ssh | console | exec | balloon) [[ -L $directory/booted ]] || continue ;;
+            stop | ssh | console | exec | balloon | pause | resume) [[ -L $directory/booted ]] || continue ;;
             update) [[ -e $directory/flake || -e $directory/runner || -e $directory/declaration ]] || continue ;;
             show | history | rollback) [[ -e $directory/declaration ]] || continue ;;
             remove)
@@ -96,8 +96,8 @@ _microvm() {
     if [[ $options ]]; then
         :
     elif [[ ! $command ]]; then
-        options='adopt apply balloon build console create exec history init list logs network pci
-            reconcile remove restart rollback run show ssh start status stop update'
+        options='adopt apply balloon build console create exec history init list logs network
+            pause pci reconcile remove restart resume rollback run show ssh start status stop update'
         [[ $current != -* ]] || options='-l -c -u -r -s -h --help --version'
     elif [[ $current == -* ]]; then
         case $command in
@@ -161,7 +161,7 @@ _microvm() {
                     return 0
                 fi
                 ;;
-            list | remove | restart | start | status | stop | update) ;;
+            list | pause | remove | restart | resume | start | status | stop | update) ;;
             *) return 0 ;;
         esac
         [[ $command != ssh || $current != *@* ]] || prefix=${current%@*}@

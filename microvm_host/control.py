@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The hypervisor's own power button, and what the hypervisor says of how the guest ended.
+"""Talks to a hypervisor over its control socket: power button, pause, resume, how the guest ended.
 
-Speaks QMP, cloud-hypervisor's and firecracker's HTTP over a UNIX socket, as little of each as a
-shutdown needs. Runs as the VM's user, but takes the other end for hostile: the guest may have
+Speaks QMP, cloud-hypervisor's and firecracker's HTTP over a UNIX socket, as little of each as this
+needs. Runs as the VM's user, but takes the other end for hostile: the guest may have
 taken the hypervisor over. Each exchange has one deadline and a limit on what is read, every
 answer is checked, and of what the hypervisor says only known words are repeated.
 
@@ -20,7 +20,10 @@ from .errors import MicrovmHostError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from collections.abc import Callable, Sequence
+    from typing import Any, TypeVar
+
+    T = TypeVar("T")
 
 # Of one message, and of all that is read in one exchange. QMP's longest here is the greeting.
 LINE_MAX = 64 * 1024
@@ -32,11 +35,18 @@ POWERED_OFF, REBOOTED, PANICKED = "powered-off", "rebooted", "panicked"
 # QEMU's ShutdownCause (qapi/run-state.json), as far as the guest is the cause.
 _CAUSES = {"guest-shutdown": POWERED_OFF, "guest-reset": REBOOTED, "guest-panic": PANICKED}
 
-# Of QEMU's RunState (same file): a full disk of the host, somebody's monitor, a KVM that failed.
-_STOPPED = (
+RUNNING = "running"
+# Of QEMU's RunState (same file), those in which no guest runs: a full disk of the host, somebody's
+# monitor, a KVM that failed. The other hypervisors know `paused`.
+PAUSED = (
     *("io-error", "paused", "prelaunch", "debug", "internal-error", "guest-panicked"),
-    *("suspended", "watchdog", "shutdown"),
+    *("suspended", "watchdog", "shutdown", "postmigrate"),
 )
+# A stop resumes these, since the guest would go on as if nothing had been. One in `prelaunch` has
+# never run, and QEMU refuses to resume the rest.
+RESUMABLE = ("io-error", "paused", "debug", "suspended", "watchdog")
+# The command that resumes a guest, where it is not `cont`.
+_RESUMES = {"suspended": "system_wakeup"}
 
 
 class Refusal(MicrovmHostError):
@@ -64,7 +74,7 @@ class Pressed:
 
 
 def press(protocol: str, path: str, within: float) -> Pressed:
-    """Press the power button.
+    """Press the power button; over QMP, resume a paused guest first.
 
     Args:
         protocol: one of runner.CONTROL_PROTOCOLS.
@@ -74,36 +84,163 @@ def press(protocol: str, path: str, within: float) -> Pressed:
     Raises:
         MicrovmHostError: the hypervisor cannot be reached, refuses, or does not answer sensibly.
     """
-    stream = _Stream(path, time.monotonic() + within)
+    hypervisor = Hypervisor(protocol, path, within)
     try:
-        if protocol == "qmp":
-            return Pressed(stream, _press_by_qmp(stream), tells=True)
-        if protocol == "cloud-hypervisor":
-            # docs/api.md of cloud-hypervisor.
-            _put(stream, "/api/v1/vm.power-button")
-        elif protocol == "firecracker":
-            # docs/api_requests/actions.md of firecracker; x86 alone has it.
-            _put(stream, "/actions", b'{"action_type":"SendCtrlAltDel"}')
-        else:
-            raise MicrovmHostError(f"there is no control protocol {protocol!r}", path=path)
-        return Pressed(stream)
-    except OSError as error:
-        stream.close()
-        raise _unheard(error, path) from error
+        # The others may hang up after an answer: wake() has a connection of its own.
+        remark = hypervisor.wake() if protocol == "qmp" else ""
+        hypervisor.press()
     except MicrovmHostError:
-        stream.close()
+        hypervisor.close()
         raise
+    return Pressed(hypervisor.stream, remark, tells=protocol == "qmp")
 
 
-def _press_by_qmp(stream: _Stream) -> str:
-    """Gives a remark on the guest's state, if it is one that hears no button."""
-    _greet(stream)
-    answer = stream.execute("query-status")
-    state = answer.get("status") if isinstance(answer, dict) else None
-    stream.execute("system_powerdown")
-    if state in _STOPPED:
-        return f"the guest is stopped ({state}) and cannot react"
-    return ""
+def wake(protocol: str, path: str, within: float) -> str:
+    """Resume a paused guest, so that it can shut down; gives what there is to say of it.
+
+    Raises:
+        MicrovmHostError: as press() does.
+    """
+    hypervisor = Hypervisor(protocol, path, within)
+    try:
+        return hypervisor.wake()
+    finally:
+        hypervisor.close()
+
+
+class Hypervisor:
+    """A conversation with a hypervisor, for which there are so many seconds.
+
+    All methods raise MicrovmHostError where it cannot be reached, refuses, or makes no sense.
+    """
+
+    def __init__(
+        self, protocol: str, path: str, within: float, connected: socket | None = None
+    ) -> None:
+        """
+        Args:
+            protocol: one of runner.CONTROL_PROTOCOLS.
+            path: the control socket, relative to the working directory perhaps.
+            connected: a connection that somebody has made to it.
+        """
+        if protocol not in _PROTOCOLS:
+            raise MicrovmHostError(f"there is no control protocol {protocol!r}", path=path)
+        self._protocol = protocol
+        self.stream = _Stream(path, time.monotonic() + within, connected)
+        if protocol == "qmp":
+            try:
+                self._say(lambda: _greet(self.stream))
+            except MicrovmHostError:
+                self.close()
+                raise
+
+    def state(self) -> str:
+        """RUNNING, one of PAUSED, or nothing for what is neither."""
+        if self._protocol == "qmp":
+            found = self._execute("query-status")
+            state = found.get("status") if isinstance(found, dict) else None
+        else:
+            state = as_state(self._request("GET", _STATE_AT[self._protocol]))
+        return state if isinstance(state, str) and state in (RUNNING, *PAUSED) else ""
+
+    def pause(self) -> None:
+        if self._protocol == "qmp":
+            self._execute("stop")
+        elif self._protocol == "cloud-hypervisor":
+            self._request("PUT", "/api/v1/vm.pause")
+        else:
+            # docs/snapshotting/snapshot-support.md of firecracker.
+            self._request("PATCH", "/vm", b'{"state":"Paused"}')
+
+    def resume(self, state: str) -> None:
+        """Resume a guest that is in this one of the states PAUSED."""
+        if self._protocol == "qmp":
+            self._execute(_RESUMES.get(state, "cont"))
+        elif self._protocol == "cloud-hypervisor":
+            self._request("PUT", "/api/v1/vm.resume")
+        else:
+            self._request("PATCH", "/vm", b'{"state":"Resumed"}')
+
+    def press(self) -> None:
+        """Press the power button."""
+        if self._protocol == "qmp":
+            self._execute("system_powerdown")
+        elif self._protocol == "cloud-hypervisor":
+            # docs/api.md of cloud-hypervisor.
+            self._request("PUT", "/api/v1/vm.power-button")
+        else:
+            # docs/api_requests/actions.md of firecracker; x86 alone has it.
+            self._request("PUT", "/actions", b'{"action_type":"SendCtrlAltDel"}')
+
+    def wake(self) -> str:
+        """Resume a paused guest that can go on; gives what there is to say of it."""
+        try:
+            state = self.state()
+        except Refusal:
+            # One that does not tell has a button nevertheless.
+            return ""
+        if state in ("", RUNNING):
+            return ""
+        if state not in RESUMABLE:
+            return f"the guest is stopped ({state}) and cannot react"
+        try:
+            self.resume(state)
+        except Refusal as error:
+            return f"the guest is paused ({state}) and cannot react: {error}"
+        return f"the guest was paused ({state}): resumed it, so that it can shut down"
+
+    def close(self) -> None:
+        self.stream.close()
+
+    def _execute(self, command: str) -> object:
+        return self._say(lambda: self.stream.execute(command))
+
+    def _request(self, method: str, target: str, body: bytes = b"") -> bytes:
+        return self._say(lambda: _request(self.stream, method, target, body))
+
+    def _say(self, exchange: Callable[[], T]) -> T:
+        try:
+            return exchange()
+        except OSError as error:
+            raise _unheard(error, self.stream.path) from error
+
+
+_PROTOCOLS = ("qmp", "cloud-hypervisor", "firecracker")
+# Where the others tell their state.
+_STATE_AT = {"cloud-hypervisor": "/api/v1/vm.info", "firecracker": "/"}
+
+
+def question(protocol: str) -> bytes:
+    """All that has to be sent to a hypervisor to have it tell its state."""
+    if protocol == "qmp":
+        return b'{"execute":"qmp_capabilities"}\n{"execute":"query-status"}\n'
+    return _http("GET", _STATE_AT[protocol])
+
+
+def answered(protocol: str, heard: bytes) -> str | None:
+    """The state that is told by what was heard up to now, as Hypervisor.state() gives it.
+
+    None if more has to be heard. Reads QMP without `json`: a listing has many to hear, and a stop
+    few milliseconds.
+    """
+    if protocol == "qmp":
+        for line in heard.split(b"\n")[:-1]:
+            _, is_answer, rest = line.partition(b'"status"')
+            if b'"return"' in line and is_answer:
+                word = rest.partition(b'"')[2].partition(b'"')[0].decode("ascii", "replace")
+                return word if word in (RUNNING, *PAUSED) else ""
+        return None
+    head, is_whole, body = heard.partition(b"\r\n\r\n")
+    length = _content_length(head.split(b"\r\n"))
+    if not is_whole or len(body) < length:
+        return None
+    return as_state(body[:length])
+
+
+def as_state(answer: bytes) -> str:
+    """The state in an answer of cloud-hypervisor or firecracker."""
+    found = parsed(answer) or {}
+    return {"Running": RUNNING, "Paused": "paused"}.get(str(found.get("state")), "")
 
 
 class Qmp:
@@ -153,18 +290,36 @@ def _unheard(error: OSError, path: str) -> MicrovmHostError:
     return MicrovmHostError(f"the hypervisor {reason}", path=path)
 
 
-def _put(stream: _Stream, target: str, body: bytes = b"") -> None:
-    head = f"PUT {target} HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\n"
+def _http(method: str, target: str, body: bytes = b"") -> bytes:
+    head = f"{method} {target} HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\n"
     if body:
         head += "Content-Type: application/json\r\n"
-    stream.send(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+def _request(stream: _Stream, method: str, target: str, body: bytes = b"") -> bytes:
+    """Send a request of HTTP; gives the body of the answer."""
+    stream.send(_http(method, target, body))
     status = stream.line()
     version, _, rest = status.partition(b" ")
     code = rest[:3]
     if version not in (b"HTTP/1.1", b"HTTP/1.0") or len(code) != 3 or not code.isdigit():
         raise stream.nonsense("no answer of HTTP")
+    headers = []
+    while header := stream.line():
+        headers.append(header)
+    found = stream.bytes(_content_length(headers))
     if not code.startswith(b"2"):
-        raise MicrovmHostError(f"the hypervisor refuses: HTTP status {int(code)}", path=stream.path)
+        raise Refusal(f"the hypervisor refuses: HTTP status {int(code)}", path=stream.path)
+    return found
+
+
+def _content_length(headers: Sequence[bytes]) -> int:
+    for header in headers:
+        name, _, value = header.partition(b":")
+        if name.strip().lower() == b"content-length" and value.strip().isdigit():
+            return min(int(value[:20]), EXCHANGE_MAX + 1)
+    return 0
 
 
 class _Stream:
@@ -214,8 +369,18 @@ class _Stream:
         while b"\n" not in self._buffer:
             self._wait_at_most()
             self._receive()
+            if len(self._buffer) > LINE_MAX and b"\n" not in self._buffer:
+                raise self.nonsense("more than any answer has")
         line, _, self._buffer = self._buffer.partition(b"\n")
         return line.rstrip(b"\r")
+
+    def bytes(self, count: int) -> bytes:
+        """So many bytes."""
+        while len(self._buffer) < count:
+            self._wait_at_most()
+            self._receive()
+        found, self._buffer = self._buffer[:count], self._buffer[count:]
+        return found
 
     def _receive(self) -> None:
         data = self._socket.recv(65536)
@@ -223,8 +388,7 @@ class _Stream:
         self._buffer += data
         if not data:
             raise MicrovmHostError("the hypervisor hung up", path=self.path)
-        is_endless = len(self._buffer) > LINE_MAX and b"\n" not in self._buffer
-        if self._left < 0 or is_endless:
+        if self._left < 0:
             raise self.nonsense("more than any answer has")
 
     def message(self) -> dict[str, Any]:

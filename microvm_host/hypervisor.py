@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import select
 import time
+
 # `signal` makes enums of these, for 5 ms.
 from _signal import (
     SIG_DFL,
@@ -119,6 +120,7 @@ def become(program: str, running: str | None) -> NoReturn:
 SCRIPT_ENDS_WITHIN = 1.0  # seconds
 # How long the hypervisor may take to answer on its control socket; it does so within milliseconds.
 BUTTON_WITHIN = 5.0  # seconds
+WAKES_WITHIN = 1.0  # seconds
 # Nothing outlives SIGKILL but what hangs in the kernel.
 KILLED_WITHIN = 5.0  # seconds
 # sd_notify(3): while the helper lives, systemd's own patience is not what ends a stop.
@@ -305,10 +307,14 @@ class Script:
     name = "its package's script"
     may_work_later = False
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, button: Button | None = None) -> None:
         self._path = path
+        self._button = button
 
-    def ask(self, _within: float) -> Asking:
+    def ask(self, within: float) -> Asking:
+        # Before the script, which may take QEMU's only connection.
+        if self._button is not None:
+            self._button.wake(min(WAKES_WITHIN, within))
         return _RunningScript(self._path)
 
 
@@ -326,10 +332,25 @@ class Button:
         # Most guests have gone by their script before this is needed.
         from . import control
 
+        if self._protocol != "qmp":
+            within /= 2
+            self.wake(within)
         pressed = control.press(self._protocol, self._path, within)
         if pressed.remark:
             log.warning(pressed.remark)
         return _PressedButton(pressed)
+
+    def wake(self, within: float) -> None:
+        """Resume the guest if it is paused: it could not react to anything."""
+        from . import control
+
+        try:
+            remark = control.wake(self._protocol, self._path, within)
+        except MicrovmHostError:
+            # Who asks the guest next says what is wrong.
+            return
+        if remark:
+            log.warning(remark)
 
 
 class _PressedButton:

@@ -87,6 +87,8 @@ class Row:
     addresses: tuple[str, ...] = ()
     # A declaration made this VM, and the file is gone.
     is_undeclared: bool = False
+    # Why the hypervisor has paused the guest, in QEMU's words; nothing if it has not.
+    paused: str = ""
     # When the unit came into its state, in seconds since 1970, and what it takes of the host's
     # memory, in bytes; None where systemd does not tell, or was not asked.
     since: int | None = None
@@ -94,9 +96,11 @@ class Row:
 
     @property
     def status(self) -> str:
-        """In plain words whether it runs: running, starting, stopping, failed, stopped, broken."""
+        """In plain words whether it runs: running, paused, starting, stopping, failed …"""
         if self.current is None and not self.runs:
             return "broken"
+        if self.paused:
+            return "paused"
         return _STATUS.get(self.active, self.active)
 
     @property
@@ -120,6 +124,8 @@ class Row:
         unit = names.unit(self.name)
         if self.state == "broken":
             return None
+        if self.paused:
+            return f"microvm resume {self.name}"
         if self.state == "outdated":
             return f"microvm -{'Ru' if self.booted else 'u'} {self.name}"
         if self.state == "stale":
@@ -165,7 +171,9 @@ def rows(
     units: dict[str, dict[str, str]] = {}
     if details:
         units = systemd.show_all(_PROPERTIES, names.unit("*"), "microvm-foreground-*.service")
-    return [_row(name, active, host, newest_by_building, known, units) for name in chosen]
+    running = [name for name in chosen if _active(name, active) in _RUNS]
+    paused = _paused(running, host)
+    return [_row(name, active, host, newest_by_building, known, units, paused) for name in chosen]
 
 
 def installed(host: HostPaths) -> list[str]:
@@ -253,6 +261,15 @@ def _number(text: str) -> int | None:
     return int(text) if names.is_number(text) and int(text) < 1 << 63 else None
 
 
+def _paused(running: list[str], host: HostPaths) -> dict[str, str]:
+    """Why the guests are paused that are, as their hypervisors say."""
+    if not running:
+        return {}
+    from . import runstate
+
+    return runstate.paused(running, host)
+
+
 def _active(name: str, active: dict[str, str]) -> str:
     """How a VM is, as a service or in the foreground; `failed` too if it was not got so far."""
     state = active.get(names.unit(name), "inactive")
@@ -293,6 +310,7 @@ def _row(
     newest_by_building: Callable[[str, Source], Version | None] | None,
     known: dict[str, list[str]],
     units: dict[str, dict[str, str]],
+    paused: dict[str, str],
 ) -> Row:
     active = _active(name, states)
     facts = units.get(names.unit(name), {})
@@ -323,6 +341,7 @@ def _row(
         lost=_lost(name, states, host) if current else (),
         addresses=_addresses(booted, known) if known and booted and active in _RUNS else (),
         is_undeclared=_is_undeclared(name, host),
+        paused=paused.get(name, ""),
         since=since,
         memory=memory,
     )
@@ -390,6 +409,8 @@ def as_text(row: Row, paint: Callable[[str, str], str]) -> str:
     current = row.current
     at = "".join(f", {address}" for address in row.addresses)
     at += ", no longer declared" if row.is_undeclared else ""
+    if row.paused:
+        at += f", {paint('red', f'paused({row.paused})')}"
     if row.state == "outdated" and row.newest is not None:
         old, new = labels(current, row.newest)
         reboot = " and reboot" if row.booted else ""
@@ -411,6 +432,8 @@ def as_text(row: Row, paint: Callable[[str, str], str]) -> str:
     if row.lost:
         lost = f"lost share {', '.join(row.lost)}"
         return f"{text}, {paint('red', lost)}: {command}"
+    if row.paused:
+        return f"{text}: {command}"
     return text if row.active == "active" else f"{text}, {row.active}"
 
 
@@ -442,6 +465,7 @@ def as_json(row: Row) -> dict[str, Any]:
         "newest": version(row.newest),
         "command": row.command,
         "lost_shares": list(row.lost),
+        "paused": row.paused or None,
         "addresses": list(row.addresses),
         "problem": row.problem or None,
     }

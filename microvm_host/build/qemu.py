@@ -386,7 +386,8 @@ class _Machine:
         return word(line, *clock)
 
     def _monitors(self) -> Words:
-        argv: Words = []
+        # QEMU then says in the journal when a guest is paused, and why: `io-error` for a full disk.
+        argv: Words = ["-trace", "enable=vm_state_notify"]
         for socket in filter(None, (self._guest.socket, inside.control(self._guest))):
             argv += ["-qmp", f"unix:{_escaped(socket)},server=on,wait=off"]
         if self.event_log is not None:

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from .. import init as initial
     from .. import network as networking
     from .. import remove as removal
-    from . import access, built, emulation, jobs, networks, start_many, table
+    from . import access, built, emulation, jobs, networks, pausing, start_many, table
     from . import fresh as fresh_guests
     from . import history as histories
     from . import pci as pci_commands
@@ -60,6 +60,7 @@ else:
     histories = Later(".history")
     start_many, status_pages = Later(".start_many"), Later(".status")
     networking, removal = Later("..network"), Later("..remove")
+    pausing = Later(".pausing")
     pci_commands, table = Later(".pci"), Later(".table")
 
 HOST = HostPaths.from_environment()
@@ -460,6 +461,23 @@ def restart(vms: tuple[str, ...]) -> None:
     chosen = jobs.select("restart", vms, HOST)
     emulation.warn(chosen, HOST)
     jobs.run("restart", chosen)
+
+
+@microvm.command()
+@NAMES
+def pause(vms: tuple[str, ...]) -> None:
+    """Pause guests, which keep their memory and devices."""
+    pausing.pause(listing.select(vms, HOST), HOST)
+
+
+@microvm.command()
+@NAMES
+def resume(vms: tuple[str, ...]) -> None:
+    """Resume paused guests.
+
+    QEMU pauses a guest by itself when the host's disk is full.
+    """
+    pausing.resume(listing.select(vms, HOST), HOST)
 
 
 @microvm.command()

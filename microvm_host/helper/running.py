@@ -121,16 +121,19 @@ def stop(name: str, host: HostPaths) -> None:
 def _shut_down(name: str, main_pid: int, host: HostPaths) -> None:
     from .. import hypervisor
 
-    ways: list[hypervisor.Way] = []
-    script = f"{os.path.realpath(host.booted(name))}/{MICROVM_SHUTDOWN}"
-    if os.path.exists(script):
-        ways.append(hypervisor.Script(script))
+    button = None
     match control := booted.noted(name, host, "control"):
         case [protocol, path]:
-            ways.append(hypervisor.Button(protocol, path))
+            button = hypervisor.Button(protocol, path)
         case [_, *_]:
             # Its end does not hang on that.
             log.warning(str(booted.record(name, host).strange(["control", *control])))
+    ways: list[hypervisor.Way] = []
+    script = f"{os.path.realpath(host.booted(name))}/{MICROVM_SHUTDOWN}"
+    if os.path.exists(script):
+        ways.append(hypervisor.Script(script, button))
+    if button is not None:
+        ways.append(button)
     default = hypervisor.Times()
     times = hypervisor.Times(
         guest=settings.seconds("MICROVM_SHUTDOWN_SECONDS", default.guest),

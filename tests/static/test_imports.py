@@ -55,7 +55,7 @@ LAYERS: tuple[set[str], ...] = (
     {"attach", "build_record", "declaration", "hostuse", "install_lock", "kvm", "nodes", "pci_lock"}
     | {"pciids"},
     {"build", "guests", "microvm_nix", "plan", "reborn", "service", "store", "systemd", "taken"}
-    | {"vsock"},
+    | {"runstate", "vsock"},
     {"environment"},
     # What changes the host; these do not know of each other.
     {

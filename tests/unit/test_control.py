@@ -137,7 +137,29 @@ def test_qmp_tells_how_it_ended(
     pressed.close()
 
 
-@pytest.mark.parametrize("status", ["io-error", "paused", "internal-error", "prelaunch"])
+@pytest.mark.parametrize(
+    ("status", "resumes"),
+    [
+        ("io-error", "cont"),
+        ("paused", "cont"),
+        ("watchdog", "cont"),
+        ("suspended", "system_wakeup"),
+    ],
+)
+def test_a_paused_guest_is_resumed_first(
+    listen: Callable[[Answer], str], status: str, resumes: str
+) -> None:
+    heard: list[str] = []
+    path = listen(fake_qemu(heard, status=status))
+    pressed = control.press("qmp", path, WITHIN)
+    remark = f"the guest was paused ({status}): resumed it, so that it can shut down"
+    assert pressed.remark == remark
+    assert heard == ["qmp_capabilities", "query-status", resumes, "system_powerdown"]
+    pressed.close()
+    assert control.wake("qmp", path, WITHIN) == remark
+
+
+@pytest.mark.parametrize("status", ["internal-error", "prelaunch", "guest-panicked"])
 def test_qmp_tells_why_the_guest_cannot_react(listen: Callable[[Answer], str], status: str) -> None:
     pressed = control.press("qmp", listen(fake_qemu([], status=status)), WITHIN)
     assert pressed.remark == f"the guest is stopped ({status}) and cannot react"
@@ -266,7 +288,7 @@ def test_nothing_is_heard_after_nonsense(listen: Callable[[Answer], str]) -> Non
 
 
 def test_over_http_nothing_is_an_event(listen: Callable[[Answer], str]) -> None:
-    answer = b"HTTP/1.1 204\n" + json.dumps(shutdown("guest-reset")).encode() + b"\n"
+    answer = b"HTTP/1.1 204\n\n" + json.dumps(shutdown("guest-reset")).encode() + b"\n"
     pressed = control.press("firecracker", listen(fake_http([], answer)), WITHIN)
     time.sleep(0.1)
     assert pressed.heard() is None
@@ -407,3 +429,101 @@ def test_last_words_of_what_is_no_log(tmp_path: Path) -> None:
     for name in ("link", "directory", "fifo", "none"):
         assert control.last_words(str(tmp_path / name)) is None, name
     assert control.last_words("/dev/zero") is None
+
+
+# ---- pausing
+
+
+def fake_rest(heard: list[str], paused: list[bool], pauses: str, resumes: str) -> Answer:
+    """cloud-hypervisor or firecracker: a state, and two requests that change it."""
+
+    def serve(client: socket.socket) -> None:
+        stream = client.makefile("rb")
+        while line := stream.readline():
+            length = 0
+            while header := stream.readline().strip():
+                if header.lower().startswith(b"content-length:"):
+                    length = int(header.split(b":")[1])
+            asked = f"{' '.join(line.decode().split()[:2])} {stream.read(length).decode()}".strip()
+            heard.append(asked)
+            if asked.startswith("GET "):
+                state = b"Paused" if paused[-1] else b"Running"
+                body = b'{"config":{"state":"x"},"state":"' + state + b'"}'
+                head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n"
+                client.sendall(head.encode() + body)
+            else:
+                paused.append(asked == pauses)
+                client.sendall(b"HTTP/1.1 204 No Content\r\n\r\n")
+
+    return serve
+
+
+@pytest.mark.parametrize(
+    ("protocol", "state", "pauses", "resumes"),
+    [
+        *(
+            (
+                "cloud-hypervisor",
+                "GET /api/v1/vm.info",
+                f"PUT /api/v1/vm.{a}",
+                f"PUT /api/v1/vm.{b}",
+            )
+            for a, b in [("pause", "resume")]
+        ),
+        (
+            *("firecracker", "GET /"),
+            *('PATCH /vm {"state":"Paused"}', 'PATCH /vm {"state":"Resumed"}'),
+        ),
+    ],
+)
+def test_pausing_by_http(
+    listen: Callable[[Answer], str], protocol: str, state: str, pauses: str, resumes: str
+) -> None:
+    heard: list[str] = []
+    path = listen(fake_rest(heard, [False], pauses, resumes))
+    hypervisor = control.Hypervisor(protocol, path, WITHIN)
+    assert hypervisor.state() == "running"
+    hypervisor.pause()
+    assert hypervisor.state() == "paused"
+    hypervisor.close()
+    assert control.wake(protocol, path, WITHIN).startswith("the guest was paused (paused): resumed")
+    assert control.wake(protocol, path, WITHIN) == ""
+    assert heard == [state, pauses, state, state, resumes, state]
+
+
+def test_a_guest_that_cannot_be_resumed(listen: Callable[[Answer], str]) -> None:
+    def answer(client: socket.socket) -> None:
+        say(client, GREETING)
+        for line in client.makefile("rb"):
+            asked = json.loads(line)
+            if asked["execute"] == "cont":
+                say(client, {"error": {"class": "GenericError", "desc": "no"}, "id": asked["id"]})
+            else:
+                say(client, {"return": {"status": "io-error"}, "id": asked["id"]})
+
+    pressed = control.press("qmp", listen(answer), WITHIN)
+    assert "is paused (io-error) and cannot react" in pressed.remark
+    pressed.close()
+
+
+@pytest.mark.parametrize(
+    ("protocol", "heard", "state"),
+    [
+        ("qmp", HELLO + b'{"return": {}}\n', None),
+        ("qmp", HELLO + b'{"return": {}}\n{"return": {"status": "paused"', None),
+        ("qmp", b'{"return": {"status": "io-error", "running": false}}\r\n', "io-error"),
+        ("qmp", b'{"return": {"running": true, "singlestep": 0, "status":"running"}}\n', "running"),
+        ("qmp", b'{"return": {"status": "\x1b[2J"}}\n', ""),
+        ("qmp", b'{"event": "X", "data": {"status": "paused"}}\n', None),
+        ("firecracker", b"HTTP/1.1 200 \r\nContent-Length: 18\r\n\r\n", None),
+        (
+            "firecracker",
+            b'HTTP/1.1 200 \r\nContent-Length: 18\r\n\r\n{"state":"Paused"}',
+            "paused",
+        ),
+        ("cloud-hypervisor", b"HTTP/1.1 404 \r\n\r\n", ""),
+        ("cloud-hypervisor", b"HTTP/1.1 200 \r\nContent-Length: 3\r\n\r\n[1]", ""),
+    ],
+)
+def test_states_that_are_told(protocol: str, heard: bytes, state: str | None) -> None:
+    assert control.answered(protocol, heard) == state

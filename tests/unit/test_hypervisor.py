@@ -368,7 +368,9 @@ def test_become_leaves_no_signal_as_python_had_it(tmp_path: Path) -> None:
     assert signals(status, "SigIgn") == containers
 
 
-def test_the_script_has_the_signals_of_a_shell(main: Start, said: list[str], tmp_path: Path) -> None:
+def test_the_script_has_the_signals_of_a_shell(
+    main: Start, said: list[str], tmp_path: Path
+) -> None:
     child = main("exec sleep 60")
     body = f"cat /proc/self/status >{tmp_path}/status; kill {child.pid}"
     stop(child.pid, script(tmp_path, body))

@@ -215,7 +215,7 @@ def test_nothing_waits_for_long_where_nobody_reads(root: Path, uid: int) -> None
             "NOTIFY_SOCKET": str(root / "notify"),
         },
         stdout=subprocess.PIPE,
-        stderr=ours,
+        stderr=ours.fileno(),
         timeout=20,
     )
     assert done.stdout == b"done\n"
