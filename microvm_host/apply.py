@@ -12,10 +12,11 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack
 
-from . import declaration, install, names, systemd, taken
+from . import declaration, install, names, service, systemd, taken
 from .build_record import Looks
 from .errors import DeclarationError, MicrovmHostError
 from .frozen import frozen
+from .record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -181,6 +182,12 @@ class _Run:
     def _outcome(self, installed: _Installed, error: MicrovmHostError | None) -> Outcome:
         name, change, verb = installed.found.name, installed.change, installed.verb
         text = change.describe()
+        if not verb and (users := self._users(name)):
+            # Not restarted for it: the files in its directory are still the former user's.
+            text += (
+                ", runs as {0} until it is stopped, then as {1}: microvm stop {2} && "
+                "microvm adopt --from {0} {2} && microvm start {2}"
+            ).format(*users, name)
         if error is not None:
             return Outcome(name, f"{text}, but: {error}", change.is_new, error)
         if verb:
@@ -188,6 +195,21 @@ class _Run:
         if self._runs(name) and change.wants_restart:
             text += f", still runs the former: systemctl restart {names.unit(name)}"
         return Outcome(name, text, change.is_new)
+
+    def _users(self, name: str) -> tuple[str, str] | None:
+        """The user that a running VM has, and from its next start on; None if it keeps it."""
+        if not self._runs(name):
+            return None
+        try:
+            lines = Record(self._host.record(name, "booted")).read()
+            now = service.identity(name)
+        except MicrovmHostError:
+            # A start says what is wrong with its user.
+            return None
+        was = next((fields for what, *fields in lines if what == "user"), [])
+        if len(was) != 4 or was[1] == str(now.uid):
+            return None
+        return was[0], now.user
 
     def would(self, found: Declaration) -> Outcome:
         """What would be done with one."""

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from microvm_host import apply as application
-from microvm_host import install, service, source, state, systemd, taken
+from microvm_host import install, names, service, source, state, systemd, taken
 from microvm_host.cli import start_many
 from microvm_host.errors import MicrovmHostError, PackageError
 from microvm_host.identity import Identity
 from microvm_host.paths import HostPaths
+from microvm_host.record import Record
 
 from . import packages
 
@@ -184,3 +185,18 @@ def test_each_failed_vm_has_its_own_reason(
     assert capfd.readouterr().err == "b: no such tap\n"
     calls = (root / "calls").read_text().splitlines()
     assert calls[0] == "restart -- microvm@a.service microvm@b.service"
+
+
+def test_another_user_counts_from_the_next_start(host: HostPaths, starts: Starts) -> None:
+    """The VM is not restarted for it: its files are still the former user's."""
+    for name, uid in (("same", os.getuid()), ("other", os.getuid() + 1), ("down", 4321)):
+        declare(host, name, "autostart = false\n")
+        run(host, starts)
+        starts.states |= {names.unit(name): "inactive" if name == "down" else "active"}
+        Record(host.record(name, "booted")).append("user", "former", str(uid), "us", "1")
+    outcomes = run(host, starts)
+    assert [name for name in outcomes if "former" in outcomes[name].text] == ["other"]
+    assert outcomes["other"].text.endswith(
+        ", runs as former until it is stopped, then as me: microvm stop other && "
+        "microvm adopt --from former other && microvm start other"
+    )
