@@ -28,8 +28,9 @@ SIZE_MAX = 1 << 20
 def assignments(unit: str, vm: str, by: trust.Suspect | None, host: HostPaths) -> list[str]:
     """All assignments that the processes of a service may find.
 
-    One that is taken away is there with nothing as its value. Of values that are quoted, and of
-    parts of them, only the quotes and backslashes are missing: enough for numbers.
+    Of several of one name the last counts. One that is taken away is there with nothing as its
+    value. Of values that are quoted, and of parts of them, only the quotes and backslashes are
+    missing: enough for numbers.
 
     Args:
         vm: whose log tells of files that cannot be read.
@@ -39,10 +40,10 @@ def assignments(unit: str, vm: str, by: trust.Suspect | None, host: HostPaths) -
         MicrovmHostError: systemd does not answer.
     """
     given, paths, unset = service.environment(unit)
-    found = [*given, *(f"{name.partition('=')[0]}=" for name in unset)]
-    if by is None:
-        return found
+    found = [*given]
     for path in paths:
+        if by is None:
+            break
         for file in _matches(host.at(path)):
             try:
                 found += _of_file(_read(file, by))
@@ -50,10 +51,9 @@ def assignments(unit: str, vm: str, by: trust.Suspect | None, host: HostPaths) -
                 # Without it systemd starts no process, or it is one that may be missing.
                 continue
             except OSError as error:
-                log.warning(
-                    f"{file}: the guard over the stop cannot go by it: {error.strerror}", vm=vm
-                )
-    return found
+                log.warning(f"{file}: its settings cannot be gone by here: {error.strerror}", vm=vm)
+    # systemd takes these away last. Those with a value it takes away only where that is the value.
+    return [*found, *(f"{name}=" for name in unset if "=" not in name)]
 
 
 def _matches(path: str) -> list[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import os
 
-from .. import aftermath
+from .. import aftermath, names
+from ..errors import MicrovmHostError
 from ..record import Record
 from . import settings
 
@@ -16,11 +17,15 @@ if TYPE_CHECKING:
 
 def again(name: str, host: HostPaths) -> None:
     """Start the VM again when it is its turn, or say why not."""
-    from .. import service
+    from .. import environment, service, trust
 
-    # As the VM's own unit has them.
-    (environment,) = service.properties(name, ("Service", "Environment"))
-    for assignment in environment:
+    # As the VM's own unit has them, from wherever it has them.
+    try:
+        by = trust.suspect(service.identity(name))
+    except MicrovmHostError:
+        # Without knowing the user, no file is trusted.
+        by = None
+    for assignment in environment.assignments(names.unit(name), name, by, host):
         key, _, value = assignment.partition("=")
         if key.startswith("MICROVM_RESTART_"):
             os.environ[key] = value
