@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import sys
 
-from . import declaration, log, names, users
+from . import declaration, log, names, timespan, users
 from .errors import DeclarationError
 from .paths import HostPaths
 
@@ -97,8 +97,11 @@ def _earlier(declarations: list[Declaration]) -> dict[int, list[str]]:
 def _write_service(directory: str, declared: Declaration, earlier: list[str]) -> None:
     """Write what a declaration says on starts and stops, where it differs from the unit's own."""
     service = [f"Restart={_RESTART[declared.restart]}"] if declared.restart != "always" else []
+    guest, terminate = declared.shutdown_timeout, declared.terminate_timeout
+    if guest is not None or terminate is not None:
+        guest = timespan.Parts.guest if guest is None else guest
+        service.append(f"TimeoutStopSec={timespan.stop_for(guest, terminate):.15g}")
     for variable, value in (
-        ("MICROVM_SHUTDOWN_SECONDS", declared.shutdown_timeout),
         ("MICROVM_ASK_AGAIN_SECONDS", declared.ask_again_after),
         ("MICROVM_TERMINATE_SECONDS", declared.terminate_timeout),
         ("MICROVM_RESTART_SECONDS", declared.restart_delay),

@@ -16,7 +16,7 @@ from .errors import MicrovmHostError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable
 
     # ActiveState, whether the unit is to stop or does, and its main process, 0 for none.
     Seen = tuple[str, bool, int]
@@ -40,28 +40,6 @@ def look(unit: str) -> Seen:
     job = service.unit_job(unit)
     # Half of a restart is a stop; the other half is a start to systemd as well.
     return state, job is not None and job[0] in ("stop", "restart", "try-restart"), main
-
-
-def patience(
-    assignments: Sequence[str],
-    defaults: Mapping[str, float],
-    seconds: Callable[[str], float | None],
-) -> float:
-    """How many seconds a stop may take.
-
-    Args:
-        assignments: all that may stand in the environment of what asks the guest. Which of them
-            does is systemd's to know: the longest time counts.
-        defaults: the variables of the times that a stop consists of, with what each is unset.
-        seconds: reads one; None if it is no time that the stop itself would take.
-    """
-    found: dict[str, list[float]] = {key: [] for key in defaults}
-    for assignment in assignments:
-        key, _, value = assignment.partition("=")
-        if key in found:
-            time_given = seconds(value)
-            found[key].append(defaults[key] if time_given is None else time_given)
-    return sum(max(times, default=defaults[key]) for key, times in found.items())
 
 
 def watch(unit: str, vm: str, within: Callable[[], float], look: Callable[[], Seen]) -> bool:

@@ -27,7 +27,7 @@ from _signal import (
     signal,
 )
 
-from . import log
+from . import log, timespan
 from .errors import MicrovmHostError, PackageError
 from .frozen import frozen
 
@@ -121,22 +121,24 @@ SCRIPT_ENDS_WITHIN = 1.0  # seconds
 # How long the hypervisor may take to answer on its control socket; it does so within milliseconds.
 BUTTON_WITHIN = 5.0  # seconds
 WAKES_WITHIN = 1.0  # seconds
-# Nothing outlives SIGKILL but what hangs in the kernel.
-KILLED_WITHIN = 5.0  # seconds
-# sd_notify(3): while the helper lives, systemd's own patience is not what ends a stop.
-EXTENSION = 20.0  # seconds
+# A guest that still boots misses the request, and one without a keyboard Ctrl-Alt-Del.
+ASKS_AGAIN_AFTER = 10.0  # seconds
+# The same for the first time while the guest boots, as it may for so long after its start. Doubled
+# each time: a script that takes long to ask must come to its end as well.
+ASKS_AGAIN_SOON_AFTER = 1.0  # seconds
+BOOTS_WITHIN = 60.0  # seconds
 
 
 @frozen
 class Times:
-    """How long the rungs of a stop take, in seconds."""
+    """How long the steps of a stop take, in seconds: timespan.Parts, and what is between them."""
 
-    # As long as a systemd in the guest gives each of its own services (DefaultTimeoutStopSec=).
-    guest: float = 90.0
-    # A guest that still boots misses the request, and one without a keyboard Ctrl-Alt-Del.
-    ask_again: float = 10.0
-    # From SIGTERM to SIGKILL.
-    terminate: float = 10.0
+    guest: float = timespan.Parts.guest
+    ask_again: float = ASKS_AGAIN_AFTER
+    terminate: float = timespan.Parts.terminate
+    kill: float = timespan.Parts.kill
+    # After the first request, instead of `ask_again`; doubled until it is that. 0 for the same.
+    ask_first: float = 0.0
 
 
 class Clock:
@@ -181,7 +183,7 @@ def stop(main_pid: int, ways: Sequence[Way], times: Times) -> None:
                 log.info(told)
                 log.status(told)
                 return
-            reason = f"the hypervisor does not end within {times.terminate:g} s"
+            reason = f"the hypervisor does not end within {times.terminate:.3g} s"
         else:
             reason = _ask_until_ended(main, list(ways), times, clock)
             if not reason:
@@ -191,11 +193,11 @@ def stop(main_pid: int, ways: Sequence[Way], times: Times) -> None:
                 raise MicrovmHostError(
                     f"the hypervisor ended by SIGTERM after {clock.seconds:.1f} s, the guest was "
                     "not shut down",
-                    hint="shutdown_timeout in its declaration, or MICROVM_SHUTDOWN_SECONDS in a "
-                    "drop-in of the unit, gives it longer",
+                    hint="shutdown_timeout in its declaration, or TimeoutStopSec= in a drop-in of "
+                    "the unit, gives it longer",
                 )
         log.error(f"at {clock.seconds:.1f} s: {reason}: sending SIGKILL to the hypervisor")
-        if _signalled(main, SIGKILL, KILLED_WITHIN):
+        if _signalled(main, SIGKILL, times.kill):
             raise MicrovmHostError(
                 f"the hypervisor was killed after {clock.seconds:.1f} s, the guest was not shut "
                 "down"
@@ -214,13 +216,14 @@ def _ask_until_ended(main: int, ways: list[Way], times: Times, clock: Clock) -> 
     asked: list[str] = []
     said: set[str] = set()
     turn = 0
+    patience = times.ask_first or times.ask_again
     heard = None
     while not _ended(main, within=0):
         if clock.seconds >= times.guest:
-            return f"the guest did not shut down within {times.guest:g} s"
+            return f"the guest did not shut down within {times.guest:.3g} s"
         way = ways[turn % len(ways)]
-        until = min(clock.seconds + times.ask_again, times.guest)
-        _tell_systemd(f"Asking the guest to shut down by {way.name}, {clock.seconds:.0f} s")
+        until = min(clock.seconds + patience, times.guest)
+        log.status(f"Asking the guest to shut down by {way.name}, {clock.seconds:.0f} s")
         try:
             asking = way.ask(min(BUTTON_WITHIN, until - clock.seconds))
         except MicrovmHostError as error:
@@ -239,11 +242,12 @@ def _ask_until_ended(main: int, ways: list[Way], times: Times, clock: Clock) -> 
                 turn += 1
             continue
         turn += 1
+        patience = min(patience * 2, times.ask_again)
         asked.append(way.name)
         log.info(f"at {clock.seconds:.1f} s: asked the guest to shut down by {way.name}")
         with asking:
             while clock.seconds < until:
-                _tell_systemd(f"Waiting for the guest to shut down, {clock.seconds:.0f} s")
+                log.status(_waiting(way.name, times.guest, clock))
                 if _ended(main, within=min(1.0, max(until - clock.seconds, 0))):
                     break
                 asking.report(clock)
@@ -269,8 +273,9 @@ _HEARD = {
 }
 
 
-def _tell_systemd(status: str) -> None:
-    log.notify(f"STATUS={status}\nEXTEND_TIMEOUT_USEC={EXTENSION * 1e6:.0f}")
+def _waiting(way: str, guest: float, clock: Clock) -> str:
+    limit = "" if guest == timespan.INFINITE else f" of {timespan.describe(guest)}"
+    return f"Waiting for the guest to shut down, asked by {way}, {clock.seconds:.0f} s{limit}"
 
 
 def _signalled(main: int, number: int, within: float) -> bool:
@@ -289,7 +294,7 @@ def _signalled(main: int, number: int, within: float) -> bool:
         ) from error
     clock = Clock()
     while clock.seconds < within:
-        _tell_systemd(f"Ending the hypervisor by force, {clock.seconds:.0f} s")
+        log.status(f"Ending the hypervisor by force, {clock.seconds:.0f} s")
         if _ended(main, within=min(1.0, max(within - clock.seconds, 0))):
             return True
     return False

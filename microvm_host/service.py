@@ -78,6 +78,41 @@ def start_timeout(name: str) -> float | None:
     return None if microseconds == _INFINITY else int(microseconds) / 1e6
 
 
+def stop_timeout(name: str) -> float:
+    """Seconds that a stop of a VM may take (TimeoutStopSec=); infinite if that is not bounded.
+
+    Raises:
+        MicrovmHostError: systemd does not answer.
+    """
+    return unit_stop_timeout(names.unit(name))
+
+
+def unit_stop_timeout(unit: str) -> float:
+    """The same of any service."""
+    (microseconds,) = unit_properties(unit, ("Service", "TimeoutStopUSec"))
+    return float("inf") if microseconds == _INFINITY else int(microseconds) / 1e6
+
+
+def stopping_for(name: str) -> float:
+    """Seconds since the stop of a VM began, 0 if none has; raises MicrovmHostError."""
+    import time
+
+    state, since = properties(
+        name, ("Unit", "ActiveState"), ("Unit", "StateChangeTimestampMonotonic")
+    )
+    if state != "deactivating":
+        return 0.0
+    return max(0.0, time.clock_gettime(time.CLOCK_MONOTONIC) - int(since) / 1e6)
+
+
+def ran(name: str) -> float:
+    """Seconds since the main process of a VM began; raises MicrovmHostError."""
+    import time
+
+    (began,) = properties(name, ("Service", "ExecMainStartTimestampMonotonic"))
+    return time.clock_gettime(time.CLOCK_MONOTONIC) - int(began) / 1e6
+
+
 def pending_job(name: str) -> tuple[str, str] | None:
     """Type (`stop`, `start`, …) and state (`waiting`, `running`) of the job that a VM has.
 

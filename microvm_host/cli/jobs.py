@@ -12,20 +12,22 @@ import time
 from contextlib import suppress
 
 from .. import listing, names, systemd, terminal_text, vsock
-from ..errors import EXIT_CONFIG, MicrovmHostError, PackageError
+from ..errors import EXIT_CONFIG, MicrovmHostError, PackageError, one_line
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from typing import NoReturn
 
     from ..paths import HostPaths
 
-_AS_WHOM = ("ActiveState", "User", "Group", "SupplementaryGroups", "Environment")
+_OF_SERVICE = ("ActiveState", "User", "Group", "SupplementaryGroups", "Environment") + (
+    "TimeoutStopUSec",
+)
 # Of microvm@.service, where the reasons are. A test compares the two.
 CONFINEMENT = (
     "UMask=0077",
-    "CapabilityBoundingSet=",
+    "CapabilityBoundingSet=CAP_SETUID CAP_SETGID",
     "NoNewPrivileges=yes",
     "DevicePolicy=closed",
     "DeviceAllow=/dev/kvm rw",
@@ -76,7 +78,7 @@ def run(verb: str, vms: Sequence[str]) -> None:
                 _, complaint = job.communicate(timeout=0.5)
                 break
             except subprocess.TimeoutExpired:
-                progress.show(time.monotonic() - began)
+                progress.show(time.monotonic() - began, lambda: _waited_for(units))
         if verb == "stop" and job.returncode == 0:
             _wait_until_undone(vms, progress, began)
     except KeyboardInterrupt:
@@ -158,6 +160,15 @@ def reasons(vms: Sequence[str], since: str) -> str:
     return "".join(f"{line}\n" for line in dict.fromkeys(lines))
 
 
+def _waited_for(units: Sequence[str]) -> str:
+    """What the first unit on its way up or down says of itself in its status."""
+    for unit in units:
+        found = systemd.show(unit, "ActiveState", "StatusText")
+        if found.get("ActiveState") in ("activating", "deactivating"):
+            return one_line(found.get("StatusText", ""))
+    return ""
+
+
 class _Progress:
     """One line on a terminal that counts the seconds, from the first on."""
 
@@ -165,9 +176,15 @@ class _Progress:
         self._text = text
         self._shown = False
 
-    def show(self, seconds: float) -> None:
+    def show(self, seconds: float, waited_for: Callable[[], str] = str) -> None:
+        """Count the seconds, from the first on.
+
+        Args:
+            waited_for: what is waited for; nothing if that is not known.
+        """
         if seconds >= 1 and sys.stderr.isatty():
-            sys.stderr.write(f"\r{self._text} … {seconds:.0f} s")
+            more = waited_for()
+            sys.stderr.write(f"\r{self._text} … {seconds:.0f} s{more and f': {more}'}\033[K")
             sys.stderr.flush()
             self._shown = True
 
@@ -188,7 +205,7 @@ def run_in_foreground(vm: str, host: HostPaths) -> NoReturn:
         MicrovmHostError: the VM runs already.
     """
     shown = subprocess.run(
-        ["systemctl", "show", f"--property={','.join(_AS_WHOM)}", "--", names.unit(vm)],
+        ["systemctl", "show", f"--property={','.join(_OF_SERVICE)}", "--", names.unit(vm)],
         stdout=subprocess.PIPE,
         text=True,
         check=True,
@@ -216,10 +233,10 @@ def run_in_foreground(vm: str, host: HostPaths) -> NoReturn:
         "After": " ".join([*set_up, *AFTER]),
         "Conflicts": names.unit(vm),
         "Type": "exec",
-        # What stops it extends its time as long as it waits for the guest.
+        # What stops it says what it waits for.
         "NotifyAccess": "exec",
-        "ExecStop": f"{helper} stop {vm}",
-        "TimeoutStopSec": "60",
+        "ExecStop": f"!{helper} stop {vm}",
+        "TimeoutStopSec": found["TimeoutStopUSec"],
         "KillMode": "mixed",
         # The times of a stop, as its drop-ins have them.
         "Environment": " ".join(

@@ -7,12 +7,13 @@ broken, worded to follow the value.
 
 from __future__ import annotations
 
+from .. import timespan
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# As systemd.time(7) has them, but for what is longer than anybody waits.
-_UNITS = {"ms": 0.001, "s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "hr": 3600.0}
+# Nobody waits longer.
 SHORTEST, LONGEST = 0.1, 86400.0
 
 
@@ -20,7 +21,7 @@ def seconds(value: object) -> float:
     """A time: a number of seconds, or a string such as `90s` or `1h 30min`."""
     rule = 'is not a time; write 90, "90s" or "1min 30s"'
     if isinstance(value, str):
-        found = _span(value)
+        found = timespan.parse(value)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         found = float(value) if abs(value) <= LONGEST else LONGEST + 1
     else:
@@ -30,21 +31,6 @@ def seconds(value: object) -> float:
     if not SHORTEST <= found <= LONGEST:
         raise ValueError("is not between 100ms and 24h")
     return found
-
-
-def _span(text: str) -> float | None:
-    total, rest = 0.0, text.replace(" ", "")
-    if not rest.isascii():
-        return None
-    while rest:
-        digits = len(rest) - len(rest.lstrip("0123456789"))
-        letters = len(rest[digits:]) - len(rest[digits:].lstrip("abcdefghijklmnopqrstuvwxyz"))
-        unit = rest[digits : digits + letters] or "s"
-        if not 1 <= digits <= 9 or unit not in _UNITS:
-            return None
-        total += int(rest[:digits]) * _UNITS[unit]
-        rest = rest[digits + letters :]
-    return total if text.strip() else None
 
 
 def number(lowest: int, highest: int) -> Callable[[object], int]:

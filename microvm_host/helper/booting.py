@@ -32,6 +32,7 @@ def set_booted(name: str, host: HostPaths) -> None:
     noted = booted.record(name, host)
     noted.clear()
     noted.append("user", identity.user, str(identity.uid), identity.group, str(identity.gid))
+    noted.append("stop-timeout", f"{service.stop_timeout(name):.6f}".replace("inf", "infinity"))
     if package.hypervisor is not None:
         noted.append("hypervisor", package.hypervisor)
     if package.control_socket is not None:

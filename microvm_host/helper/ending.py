@@ -13,44 +13,23 @@ if TYPE_CHECKING:
     from ..identity import Identity
     from ..paths import HostPaths
 
-# Longer than what comes after the asking may take: that is for systemd to end.
-GUARD_WAITS = 30.0  # seconds
+# By the bound of a stop, who asks the guest has killed the hypervisor, or systemd has killed that.
+GUARD_WAITS = 1.5  # seconds
 
 
 def guard(name: str, host: HostPaths) -> None:
     """See to it that a stop of the VM ends, whatever the hypervisor does to those who ask it."""
-    from .. import guard, hypervisor, names
-
-    times = hypervisor.Times()
-    defaults = {
-        "MICROVM_SHUTDOWN_SECONDS": times.guest,
-        "MICROVM_TERMINATE_SECONDS": times.terminate,
-    }
+    from .. import guard, names, service
 
     def is_seen_to_stop(unit: str) -> bool:
         def within() -> float:
-            given = _may_be_in_environment(unit, name, host)
-            return guard.patience(given, defaults, settings.as_seconds) + GUARD_WAITS
+            return service.unit_stop_timeout(unit) + GUARD_WAITS
 
         return guard.watch(unit, name, within, lambda: guard.look(unit))
 
     # Nobody runs both.
     if not is_seen_to_stop(names.unit(name)):
         is_seen_to_stop(names.foreground_unit(name))
-
-
-def _may_be_in_environment(unit: str, name: str, host: HostPaths) -> list[str]:
-    """The assignments that whoever asks the guest may go by. Most stops end without this."""
-    from .. import environment, log, trust
-    from ..errors import MicrovmHostError
-
-    by = None
-    try:
-        by = trust.suspect(booted.identity(name, host))
-    except MicrovmHostError as error:
-        # Not a reason to leave.
-        log.warning(str(error), vm=name)
-    return environment.assignments(unit, name, by, host)
 
 
 def ended(name: str, host: HostPaths) -> int:

@@ -7,7 +7,7 @@ import os
 
 from .. import log, names
 from ..errors import EXIT_USAGE, NameInvalid
-from ..paths import HostPaths
+from ..paths import PROGRAM_PLACES, HostPaths
 from .outcome import carried_out
 
 # The module that has a verb, which is loaded when it is called, and the function there.
@@ -32,8 +32,33 @@ VERBS = {
     "again-over": ("again", "over"),
     "install": ("besides", "install"),
 }
+# These execute programs of the package, which have the unit's UMask=.
+_BECOME_OTHERS = ("start", "stop")
 # These are called with the instance of a share's unit in place of a VM's name.
 SHARE_VERBS = {"share-lost": ("ending", "share_lost")}
+
+
+# What systemd itself puts there, and who runs as root beside the hypervisor goes by.
+_OF_SYSTEMD = ("NOTIFY_SOCKET", "INVOCATION_ID", "JOURNAL_STREAM", "MAINPID") + (
+    "SERVICE_RESULT",
+    "EXIT_CODE",
+    "EXIT_STATUS",
+)
+
+
+def clean_environment(verb: list[str]) -> None:
+    """Forget what an installed helper must not go by, before anything is read from it.
+
+    The VM's unit may have EnvironmentFile= of the VM's user. What the dynamic loader heeds has
+    been taken away by UnsetEnvironment= of the unit.
+    """
+    # For tests.
+    os.environ.pop("MICROVM_HOST_ROOT", None)
+    if verb == ["ended"]:
+        for key in {*os.environ} - {*_OF_SYSTEMD}:
+            if not key.startswith("MICROVM_"):
+                del os.environ[key]
+        os.environ["PATH"] = ":".join(PROGRAM_PLACES)
 
 
 def main(argv: list[str]) -> int:
@@ -49,8 +74,8 @@ def main(argv: list[str]) -> int:
         # Not for the VM's unit: there is no such VM.
         log.error(str(error))
         return EXIT_USAGE
-    if os.geteuid() == 0:
-        # Records are to be read by the VM's user too, whatever UMask= is for the files of that.
+    if os.geteuid() == 0 and verb not in _BECOME_OTHERS:
+        # Records must be readable by the VM's user, whatever UMask= is for that user's own files.
         os.umask(0o022)
     module, function = SHARE_VERBS.get(verb) or VERBS[verb]
     # importlib would have to be loaded.

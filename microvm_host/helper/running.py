@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 
-from .. import log, names
+from .. import log, names, timespan
 from ..errors import MicrovmHostError
 from ..paths import MICROVM_RUN, MICROVM_SHUTDOWN
 from ..record import Record
@@ -22,6 +22,7 @@ def start(name: str, host: HostPaths) -> None:
     """Become the hypervisor; runs as the VM's user."""
     from .. import hypervisor
 
+    _check_settings(name, host)
     ends = Record(host.record(name, "ends"))
     if os.path.exists(ends.path):
         from .. import aftermath
@@ -105,20 +106,94 @@ def _run_until_ready(
             return
     # As for ExecStop=: scripts of packages use it.
     os.environ["MAINPID"] = str(child.pid)
-    _shut_down(name, child.pid, host)
+    # This asks as the VM's user, who may not ask systemd.
+    _shut_down(name, child.pid, host, _noted_stop(name, host), is_booting=True)
     if outcome != readiness.READY:
         child.end_alike()
 
 
 def stop(name: str, host: HostPaths) -> None:
-    """Ask the guest to shut down; runs as the VM's user."""
+    """Ask the guest to shut down, as the user that the VM was started for.
+
+    Runs as root under the sandbox of the unit, whose User= may have changed since.
+    """
     main_pid = os.environ.get("MAINPID", "")
     # systemd.service(5): without a main process there is nobody to ask.
-    if main_pid:
-        _shut_down(name, int(main_pid), host)
+    if not main_pid:
+        return
+    timeout, ran = _noted_stop(name, host), timespan.INFINITE
+    if os.geteuid() == 0:
+        from .. import service
+
+        try:
+            timeout, ran = service.stop_timeout(name), service.ran(name)
+            # On a busy host it takes a while to come to this.
+            timeout = max(timeout - service.stopping_for(name), 0.5)
+        except MicrovmHostError as error:
+            log.warning(str(error))
+        _become_user_of_start(name, host)
+    from .. import hypervisor
+
+    is_booting = ran < hypervisor.BOOTS_WITHIN
+    _shut_down(name, int(main_pid), host, timeout, is_booting=is_booting)
 
 
-def _shut_down(name: str, main_pid: int, host: HostPaths) -> None:
+def _become_user_of_start(name: str, host: HostPaths) -> None:
+    """Give up root for good; raises MicrovmHostError."""
+    try:
+        identity = booted.identity(name, host)
+    except MicrovmHostError as error:
+        from .. import service
+
+        log.warning(f"{error}; asking as the unit's present user")
+        identity = service.identity(name)
+    try:
+        os.setgroups(os.getgrouplist(identity.user, identity.gid))
+        os.setresgid(identity.gid, identity.gid, identity.gid)
+        os.setresuid(identity.uid, identity.uid, identity.uid)
+    except PermissionError as error:
+        raise MicrovmHostError(
+            f"the guest cannot be asked as user {identity.user}, by whom it was started",
+            hint="CapabilityBoundingSet= of the unit needs CAP_SETUID and CAP_SETGID",
+        ) from error
+
+
+def _noted_stop(name: str, host: HostPaths) -> float:
+    """TimeoutStopSec= of the VM, as it was at its start."""
+    match booted.noted(name, host, "stop-timeout"):
+        case [text] if (found := timespan.parse(text)) is not None:
+            return found
+    return timespan.STOP
+
+
+def _times(timeout: float, *, is_said: bool) -> tuple[float, float, timespan.Parts]:
+    """What the environment asks for of the guest's time, and of repeating; and what it gets."""
+    guest = settings.seconds("MICROVM_SHUTDOWN_SECONDS", timespan.INFINITE, is_said=is_said)
+    again = settings.seconds("MICROVM_ASK_AGAIN_SECONDS", 0, is_said=is_said)
+    terminate = settings.seconds("MICROVM_TERMINATE_SECONDS", 0, is_said=is_said) or None
+    return guest, again, timespan.parts(timeout, terminate, guest)
+
+
+def _check_settings(name: str, host: HostPaths) -> None:
+    """Say at the start what of the settings for a stop will not count."""
+    if {"MICROVM_RESTART_SECONDS", "MICROVM_RESTART_LIMIT"} & {*os.environ}:
+        from .. import aftermath
+
+        settings.seconds("MICROVM_RESTART_SECONDS", aftermath.FIRST_DELAY)
+        settings.number("MICROVM_RESTART_LIMIT", aftermath.LIMIT)
+    timeout = _noted_stop(name, host)
+    guest, _, parts = _times(timeout, is_said=False)
+    if parts.guest < guest < timespan.INFINITE:
+        log.warning(
+            f"MICROVM_SHUTDOWN_SECONDS={os.environ['MICROVM_SHUTDOWN_SECONDS']} does not fit into "
+            f"TimeoutStopSec={timespan.describe(timeout)}, which bounds a stop: the guest will "
+            f"have {timespan.describe(parts.guest)}; set TimeoutStopSec= in a drop-in instead"
+        )
+
+
+def _shut_down(
+    name: str, main_pid: int, host: HostPaths, timeout: float, *, is_booting: bool
+) -> None:
     from .. import hypervisor
 
     button = None
@@ -134,10 +209,8 @@ def _shut_down(name: str, main_pid: int, host: HostPaths) -> None:
         ways.append(hypervisor.Script(script, button))
     if button is not None:
         ways.append(button)
-    default = hypervisor.Times()
-    times = hypervisor.Times(
-        guest=settings.seconds("MICROVM_SHUTDOWN_SECONDS", default.guest),
-        ask_again=settings.seconds("MICROVM_ASK_AGAIN_SECONDS", default.ask_again),
-        terminate=settings.seconds("MICROVM_TERMINATE_SECONDS", default.terminate),
-    )
+    _, again, parts = _times(timeout, is_said=True)
+    first = hypervisor.ASKS_AGAIN_SOON_AFTER if is_booting and not again else 0.0
+    again = again or hypervisor.ASKS_AGAIN_AFTER
+    times = hypervisor.Times(parts.guest, again, parts.terminate, parts.kill, first)
     hypervisor.stop(main_pid, ways, times)

@@ -5,35 +5,30 @@ from __future__ import annotations
 
 import os
 
-from .. import log, names
+from .. import log, names, timespan
 
-# Longer ones would overflow what systemd counts microseconds in; a day is "wait for ever".
-SECONDS_MAX = 86400.0
+SHORTEST = 0.1  # seconds
 
 
-def seconds(variable: str, default: float) -> float:
-    """A time of the environment, which may be too long for anybody to wait, but is one."""
+def seconds(variable: str, default: float, *, is_said: bool = False) -> float:
+    """A time span of the environment.
+
+    Args:
+        default: what counts if it is not set, or is no time span, as systemd ignores such.
+        is_said: that it is none was said before, at the start.
+    """
     text = os.environ.get(variable, "")
     if not text:
         return default
-    found = as_seconds(text)
-    if found is None:
-        log.warning(f"{variable}={text!r} is no time in seconds: {default:g} it is")
-        return default
-    return found
-
-
-def as_seconds(text: str) -> float | None:
-    """A time in seconds; None if it is none that anybody could wait for."""
-    if text.split() != [text]:
-        # float() bears with white space, and the guard reads files line by line.
-        return None
-    try:
-        seconds = float(text)
-    except ValueError:
-        return None
-    # False for `nan` as well.
-    return seconds if 0.1 <= seconds <= SECONDS_MAX else None
+    found = timespan.parse(text)
+    if found is not None and found >= SHORTEST:
+        return found
+    if not is_said:
+        why = "is no time span, such as 90, 5min or infinity"
+        if found is not None:
+            why = "is shorter than 100ms"
+        log.warning(f"{variable}={text!r} {why}: ignored")
+    return default
 
 
 def number(variable: str, default: int) -> int:

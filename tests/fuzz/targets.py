@@ -357,7 +357,7 @@ def _start_and_end(host: HostPaths) -> None:
         lambda: booted.identity(VM, host),
         lambda: running._listener(VM, host),
         lambda: _wait_for_turn(Record(host.record(VM, "ends"))),
-        lambda: running.stop(VM, host),
+        lambda: _stop(host),
         lambda: ending.ended(VM, host),
         lambda: booting.unset_booted(VM, host),
     ):
@@ -365,6 +365,17 @@ def _start_and_end(host: HostPaths) -> None:
             call()
         except (MicrovmHostError, OSError) as error:
             promise(isinstance(error, OSError) or str(error).isprintable(), f"it says {error!s}")
+
+
+def _stop(host: HostPaths) -> None:
+    """As root begins it, but for becoming the VM's user."""
+    with replaced(
+        (service, "stop_timeout", lambda name: 105.0),
+        (service, "ran", lambda name: 1.0),
+        (service, "stopping_for", lambda name: 0.1),
+        (running, "_become_user_of_start", lambda name, host: booted.identity(name, host)),
+    ):
+        running.stop(VM, host)
 
 
 def _wait_for_turn(ends: Record) -> None:

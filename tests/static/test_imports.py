@@ -37,6 +37,7 @@ LAYERS: tuple[set[str], ...] = (
         "state",
         "sysfs",
         "file_stamp",
+        "timespan",
     },
     {
         "bus",
@@ -251,8 +252,8 @@ ALWAYS = GROUND | ours(
     *("helper.booted", "record"),
 )
 BOOTING, SETUP = ours("helper.booting"), ours("helper.setup")
-RUNNING = ours("helper.running", "helper.settings")
-ENDING = ours("helper.ending", "helper.settings")
+RUNNING = ours("helper.running", "helper.settings", "timespan")
+ENDING = ours("helper.ending", "helper.settings", "timespan")
 READS = ours("runner")
 LINKS = (
     SETUP
@@ -288,7 +289,10 @@ PCI = (
     }
 )
 AGAIN = (
-    SERVICE | ours("aftermath", "control", "helper.again", "helper.settings", "process") | {"time"}
+    SERVICE
+    | ours("aftermath", "control", "environment", "helper.again", "helper.settings", "process")
+    | ours("timespan", "trust")
+    | {"grp", "pwd", "time"}
 )
 BUDGET: dict[str, set[str]] = {
     "set-booted": BOOTING | READS | SERVICE | ours("state", "trust") | {"grp", "pwd"},
@@ -305,11 +309,9 @@ BUDGET: dict[str, set[str]] = {
     "start": RUNNING | ours("hypervisor") | {"_signal", "select", "time"},
     # After the start, and for those VMs alone that ask for it.
     "register": READS | SYSTEMD | ours("helper.besides", "machined"),
-    "guard": ENDING
-    | SERVICE
-    | ours("guard", "hypervisor", "process")
-    | {"_signal", "select", "time"},
-    "stop": RUNNING | ours("hypervisor") | {"_signal", "select", "time"},
+    "guard": ENDING | SERVICE | ours("guard", "process") | {"_signal", "select", "time"},
+    # As root, it asks systemd how long the stop may take.
+    "stop": RUNNING | SERVICE | ours("hypervisor") | {"_signal", "select", "time"},
     # Where a start has failed.
     "again": AGAIN,
     "again-over": AGAIN,
@@ -322,7 +324,7 @@ MACHINERY = {"importlib", "importlib._bootstrap", "importlib._bootstrap_external
 }
 GENERATOR = ours(
     *("declaration", "declaration.checks", "declaration.document", "declaration.plain"),
-    *("errors", "frozen", "generator", "log", "names", "paths", "source", "users"),
+    *("errors", "frozen", "generator", "log", "names", "paths", "source", "timespan", "users"),
 )
 LISTING = (
     GROUND
@@ -372,6 +374,10 @@ SAYS = {
     ("Service", "TimeoutStartUSec"): ("t", 90_000_000),
     ("Service", "Restart"): ("s", "always"),
     ("Service", "MainPID"): ("u", 0),
+    ("Service", "TimeoutStopUSec"): ("t", 105_000_000),
+    ("Service", "EnvironmentFiles"): ("a(sb)", []),
+    ("Service", "UnsetEnvironment"): ("as", []),
+    ("Manager", "Environment"): ("as", []),
     ("Service", "Environment"): ("as", ["MICROVM_RESTART_SECONDS=0.1"]),
     ("Service", "Result"): ("s", "exit-code"),
     ("Service", "ExecMainCode"): ("i", 1),
@@ -381,6 +387,7 @@ SAYS = {
     ("Service", "ExecMainExitTimestampMonotonic"): ("t", 3_000_000),
     ("Unit", "ActiveEnterTimestampMonotonic"): ("t", 2_000_000),
     ("Unit", "ActiveState"): ("s", "inactive"),
+    ("Unit", "StateChangeTimestampMonotonic"): ("t", 2_000_000),
     ("Unit", "InactiveEnterTimestampMonotonic"): ("t", 4_000_000),
     ("Unit", "InactiveExitTimestampMonotonic"): ("t", 4_000_000),
     ("Unit", "Job"): ("(uo)", (0, "/")),

@@ -186,7 +186,7 @@ def test_services(name: str) -> None:
     for key in ("ExecStart", "ExecStop", "ExecStopPost"):
         for line in lines(name):
             if line.startswith(f"{key}="):
-                assert re.fullmatch(rf"{key}=[+-]?@libexecdir@/helper [a-z-]+ %i", line)
+                assert re.fullmatch(rf"{key}=[+!-]?@libexecdir@/helper [a-z-]+ %i", line)
 
 
 def test_registration_is_in_nobodys_way() -> None:

@@ -125,53 +125,95 @@ def test_a_guest_that_cannot_be_asked_is_no_failure_and_told_of(toolkit: Toolkit
     assert status.endswith(" s, the guest could not be asked")
 
 
-@pytest.mark.core
-def test_a_helper_that_waits_outlives_the_units_own_timeout(toolkit: Toolkit, vm: str) -> None:
-    """A guest that takes longer than TimeoutStopSec= is not killed for it."""
-    declare(toolkit, Stub(name=vm, shutdown_delay=5), shutdown_timeout="1min", ask_again_after=60)
-    toolkit.host.write(
-        f"/etc/systemd/system/microvm@{vm}.service.d/quick.conf", "[Service]\nTimeoutStopSec=2\n"
-    )
+def drop_in(toolkit: Toolkit, vm: str, *lines: str) -> None:
+    path = f"/etc/systemd/system/microvm@{vm}.service.d/more.conf"
+    toolkit.host.write(path, "\n".join(["[Service]", *lines, ""]))
     toolkit.systemctl("daemon-reload")
-    start(toolkit, vm, ready=False)
-    lines, result, seconds = stop(toolkit, vm)
-    assert any("asked once, by its package's script" in line for line in lines)
-    assert (result, 5 <= seconds < 40) == ("success", True), seconds
 
 
 @pytest.mark.core
-def test_the_guard_is_as_patient_as_the_helper_wherever_its_times_stand(
-    toolkit: Toolkit, vm: str
-) -> None:
-    stub = Stub(name=vm, shutdown_delay=4)
-    declare(toolkit, stub, shutdown_timeout=0.2, terminate_timeout=0.2)
-    drop_in = f"/etc/systemd/system/microvm@{vm}.service.d/more.conf"
-    toolkit.host.write(drop_in, f"[Service]\nEnvironmentFile=/etc/default/{vm}\n")
-    toolkit.host.write(f"/etc/default/{vm}", "MICROVM_SHUTDOWN_SECONDS='60'\n")
-    toolkit.systemctl("set-environment", "MICROVM_ASK_AGAIN_SECONDS=9")
-    try:
-        toolkit.systemctl("daemon-reload")
-        with hasty_guard(toolkit, 1):
-            start(toolkit, vm, ready=False)
-            main = toolkit.property(f"microvm@{vm}", "MainPID")
-            environment = toolkit.sh(f"tr '\\0' '\\n' </proc/{main}/environ").splitlines()
-            lines, result, _ = stop(toolkit, vm)
-        assert result == "success", lines
-        # As root without any capability, like the guard.
-        code = (
-            "from microvm_host import environment, paths, trust; import os; "
-            f"[print(each) for each in environment.assignments('microvm@{vm}.service', '{vm}', "
-            "trust.Suspect(1, frozenset()), paths.HostPaths())]"
-        )
-        known = toolkit.sh(
-            "cd /usr/local/lib/microvm-host && setpriv --inh-caps=-all --bounding-set=-all "
-            f'python3 -c "{code}"'
-        ).splitlines()
-        given = {line for line in environment if line.startswith("MICROVM_")}
-        assert {"MICROVM_SHUTDOWN_SECONDS=60", "MICROVM_ASK_AGAIN_SECONDS=9"} <= given
-        assert given <= {*known}
-    finally:
-        toolkit.sh(f"systemctl unset-environment MICROVM_ASK_AGAIN_SECONDS; rm /etc/default/{vm}")
+def test_an_administrators_bound_holds_for_the_whole_stop(toolkit: Toolkit, vm: str) -> None:
+    """Of a deaf hypervisor that runs already, whatever its declaration says."""
+    declare(toolkit, Stub(name=vm, deaf=True, shutdown="hang"), shutdown_timeout="10min")
+    start(toolkit, vm, ready=False)
+    toolkit.await_line(vm, f"STUB {vm}: started")
+    assert toolkit.property(f"microvm@{vm}", "TimeoutStopUSec") == "10min 15s"
+    drop_in(toolkit, vm, "TimeoutStopSec=9")
+    lines, result, seconds = stop(toolkit, vm)
+    said = ours(lines)
+    # A half of it, less the time until the helper came to it.
+    sent = [line.rpartition(": ")[2] for line in said if "did not shut down within 4" in line]
+    assert sent == ["sending SIGTERM to the hypervisor", "sending SIGKILL to the hypervisor"]
+    assert said[-1].startswith("the hypervisor was killed after ")
+    assert (result, 5 <= seconds < 12) == ("signal", True), seconds
+
+
+@pytest.mark.core
+def test_a_stop_without_a_bound_and_settings_that_are_wrong(toolkit: Toolkit, vm: str) -> None:
+    declare(toolkit, Stub(name=vm, shutdown_delay=4))
+    drop_in(
+        toolkit,
+        vm,
+        "TimeoutStopSec=infinity",
+        "Environment=MICROVM_SHUTDOWN_SECONDS=5min MICROVM_ASK_AGAIN_SECONDS=soon",
+    )
+    start(toolkit, vm, ready=False)
+    toolkit.await_line(vm, "MICROVM_ASK_AGAIN_SECONDS='soon' is no time span, such as 90")
+    with hasty_guard(toolkit, 1):
+        lines, result, seconds = stop(toolkit, vm)
+    assert not any("MICROVM_" in line for line in lines)
+    assert (result, 4 <= seconds < 40) == ("success", True), (lines, seconds)
+
+
+@pytest.mark.core
+def test_the_guest_is_asked_as_the_user_of_its_start(toolkit: Toolkit, vm: str) -> None:
+    """User= and Group= change while it runs; neither is root left over in who asks."""
+    declare(toolkit, Stub(name=vm))
+    start(toolkit, vm, ready=False)
+    toolkit.await_line(vm, f"STUB {vm}: started")
+    toolkit.sh("id other >/dev/null 2>&1 || useradd --system other")
+    drop_in(toolkit, vm, "User=other", "Group=other")
+    lines, result, seconds = stop(toolkit, vm)
+    assert any("asked once, by its package's script" in line for line in lines), lines
+    assert (result, seconds < 40) == ("success", True), seconds
+
+
+def test_the_hypervisor_cannot_write_what_root_goes_by(toolkit: Toolkit, vm: str) -> None:
+    """EnvironmentFile= of the VM's user, which ExecStop= and ExecStopPost= begin with as root."""
+    declare(toolkit, Stub(name=vm))
+    evil = f"/var/lib/microvms/{vm}/evil"
+    start(toolkit, vm, ready=False)
+    toolkit.systemctl("stop", f"microvm@{vm}")
+    toolkit.sh(
+        f"mkdir -p {evil}/bin {evil}/run/microvm-host/{vm} && "
+        f"printf '#!/bin/sh\\nid >>{evil}/called\\n' >{evil}/bin/systemctl && "
+        f"chmod 755 {evil}/bin/systemctl && "
+        f"printf 'user\\troot\\t0\\troot\\t0\\n' >{evil}/run/microvm-host/{vm}/booted && "
+        f"chown -R microvm: {evil}"
+    )
+    toolkit.host.write(
+        f"{evil}/environment",
+        f"LD_DEBUG=all\nLD_DEBUG_OUTPUT={evil}/loader\nMICROVM_HOST_ROOT={evil}\n"
+        f"PATH={evil}/bin\nPYTHONPATH={evil}\n",
+    )
+    # Its death is what makes the helper call systemctl.
+    drop_in(
+        toolkit,
+        vm,
+        f"EnvironmentFile={evil}/environment",
+        "Environment=MICROVM_RESTART_LIMIT=1 MICROVM_RESTART_SECONDS=100ms",
+    )
+    start(toolkit, vm, ready=False)
+    for _ in range(2):
+        toolkit.await_line(vm, f"STUB {vm}: started")
+        toolkit.sh(f"systemctl kill -s KILL --kill-whom=main microvm@{vm}", check=False)
+        time.sleep(1)
+    toolkit.systemctl("stop", f"microvm@{vm}")
+    toolkit.systemctl("start", f"microvm@{vm}")
+    toolkit.systemctl("stop", f"microvm@{vm}")
+    # Neither the loader of root's processes nor root itself has written there.
+    found = toolkit.sh(f"find {evil} -name 'loader*' -o -name called").split()
+    assert found == []
 
 
 def test_the_declarations_times_hold_in_the_foreground_too(toolkit: Toolkit, vm: str) -> None:

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.container
 
 
 def listed(toolkit: Toolkit, vm: str) -> str:
-    return toolkit.sh(f"microvm list {vm}").strip()
+    return toolkit.sh(f"microvm -l | grep '^{vm}:'").strip()
 
 
 @pytest.mark.core

@@ -162,7 +162,7 @@ def test_stopped_while_the_guest_is_waited_for(toolkit: Toolkit, vm: str) -> Non
     toolkit.create(stub)
     toolkit.host.write(
         f"/etc/systemd/system/microvm@{vm}.service.d/quick.conf",
-        "[Service]\nTimeoutStopSec=2\nEnvironment=MICROVM_ASK_AGAIN_SECONDS=60\n",
+        "[Service]\nTimeoutStopSec=20\nEnvironment=MICROVM_ASK_AGAIN_SECONDS=60\n",
     )
     toolkit.systemctl("daemon-reload")
     before = toolkit.footprint()

@@ -66,7 +66,7 @@ def ours(lines: list[str]) -> list[str]:
 
 @contextmanager
 def hasty_guard(toolkit: Toolkit, waits: float) -> Iterator[None]:
-    """Have the guard kill so many seconds after what it grants, and look out for that at once."""
+    """Have the guard kill so many seconds after a stop's bound, and look out for that at once."""
     code = "/usr/local/lib/microvm-host/microvm_host"
     toolkit.sh(
         f"cp {code}/guard.py {code}/helper/ending.py /tmp; "

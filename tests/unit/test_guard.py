@@ -12,7 +12,6 @@ import pytest
 
 from microvm_host import guard, process
 from microvm_host.errors import MicrovmHostError
-from microvm_host.helper import settings
 
 from .fake_systemd import FakeSystemd
 
@@ -50,26 +49,6 @@ def watch(within: Callable[[], float], look: Callable[[], guard.Seen]) -> bool:
 
 def within(seconds: float) -> Callable[[], float]:
     return lambda: seconds
-
-
-@pytest.mark.parametrize(
-    ("environment", "seconds"),
-    [
-        ("", 90),
-        ("A=b\nMICROVM_SHUTDOWN_SECONDS=2.5", 2.5),
-        # Whichever of them it is that the stop goes by.
-        ("MICROVM_SHUTDOWN_SECONDS=1\nMICROVM_SHUTDOWN_SECONDS=2", 2),
-        ("MICROVM_SHUTDOWN_SECONDS=2\nMICROVM_SHUTDOWN_SECONDS=1", 2),
-        ("MICROVM_SHUTDOWN_SECONDS=2\nMICROVM_SHUTDOWN_SECONDS=", 90),
-        ("MICROVM_SHUTDOWN_SECONDS=soon", 90),
-        ("XMICROVM_SHUTDOWN_SECONDS=1", 90),
-        # What the stop itself would not take either: it must not be watched over for ever.
-        *((f"MICROVM_SHUTDOWN_SECONDS={text}", 90) for text in ("nan", "inf", "-5", "0", "1e9")),
-    ],
-)
-def test_patience(environment: str, seconds: float) -> None:
-    defaults = {"MICROVM_SHUTDOWN_SECONDS": 90.0}
-    assert guard.patience(environment.splitlines(), defaults, settings.as_seconds) == seconds
 
 
 @pytest.mark.parametrize(

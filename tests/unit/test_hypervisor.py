@@ -195,7 +195,7 @@ def test_patience_ends_in_sigterm(main: Start, said: list[str], tmp_path: Path) 
         "s: the guest did not shut down within 1 s: sending SIGTERM to the hypervisor"
     )
     assert "the hypervisor ended by SIGTERM after " in str(caught.value)
-    assert "MICROVM_SHUTDOWN_SECONDS" in caught.value.hint
+    assert "TimeoutStopSec=" in caught.value.hint
     assert caught.value.exit_code == 1
 
 
@@ -324,6 +324,22 @@ def test_no_descriptor_stays_open(main: Start, said: list[str], tmp_path: Path) 
     child = main("exec sleep 60")
     stop(child.pid, script(tmp_path, f"kill {child.pid}"))
     assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_guest_that_boots_is_asked_again_soon_and_then_less_often(
+    main: Start, said: list[str], tmp_path: Path
+) -> None:
+    """It hears the fourth request; and a script that takes long to ask comes to its end."""
+    child = main("exec sleep 60")
+    count = f"echo x >>{tmp_path}/asked; [ $(wc -l <{tmp_path}/asked) -lt 4 ] && exit"
+    times = Times(guest=20, ask_again=60, ask_first=0.2)
+    ways = [hypervisor.Script(script(tmp_path, f"{count}; sleep 1; kill {child.pid}"))]
+    began = time.monotonic()
+    hypervisor.stop(child.pid, ways, times)
+    # After 0.2, 0.4 and 0.8 seconds, and the one that the script takes.
+    assert 2.4 <= time.monotonic() - began < 15
+    assert "asked 4 times" in said[-1]
 
 
 # ---- become
