@@ -54,6 +54,8 @@ CONFINEMENT = (
 _SSH_OPTIONS_WITH_VALUE = frozenset("BbcDEeFIiJLlmOoPpQRSWw")
 AFTER = ("network.target", "remote-fs.target")
 _DOING = {"start": "starting", "stop": "stopping", "restart": "restarting"}
+# Debian's packages of programs that a host may lack.
+_PACKAGES = {"ssh": "openssh-client"}
 # systemctl's words where polkit does not allow it.
 _REFUSALS = ("Access denied", "authentication required")
 _GONE_WITHIN = 30.0  # seconds
@@ -404,4 +406,6 @@ def _become(argv: list[str]) -> NoReturn:
     try:
         os.execvp(argv[0], argv)
     except FileNotFoundError as error:
-        raise MicrovmHostError(f"this host has no {argv[0]}") from error
+        package = _PACKAGES.get(argv[0])
+        hint = f"install it (on Debian: {package})" if package else ""
+        raise MicrovmHostError(f"this host has no {argv[0]}", hint=hint) from error

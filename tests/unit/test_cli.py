@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 
 from microvm_host import __version__, attach, console, install, source, state, systemd
 from microvm_host.cli import access, commands, entry, jobs
+from microvm_host.errors import MicrovmHostError
 from microvm_host.paths import HostPaths
 from microvm_host.runner import Macvtap, Package, Share, Tap
 
@@ -550,6 +551,13 @@ def test_command_line_of_ssh(
     # Whatever it is reached by, its key is that of the VM.
     assert "HostKeyAlias=microvm-web" in called[0]
     assert any("ProxyCommand" in word for word in called[0]) == bool(ways)
+
+
+def test_a_host_without_ssh() -> None:
+    """The fixture's PATH has no programs."""
+    with pytest.raises(MicrovmHostError) as caught:
+        jobs.become_ssh("root", "web", "192.0.2.7", [], [])
+    assert str(caught.value) == "this host has no ssh; install it (on Debian: openssh-client)"
 
 
 @pytest.mark.parametrize("newer", ["/packages/web-2", None])
