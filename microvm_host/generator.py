@@ -3,9 +3,10 @@
 
 For each declaration a link by which microvms.target wants the VM, unless it says
 `autostart = false`; for all of them one drop-in by which a VM wants install-microvm@, which brings
-a declared VM's package up to date first; and drop-ins with whom a VM runs as and what it says on
-starts and stops, if anything. Runs before /var is mounted and delays boot: it reads /etc/microvms,
-writes these, and must neither import more than `declaration` needs nor talk to any process.
+a declared VM's package up to date first; and drop-ins with whom a VM runs as, where its disks and
+shares lie and what it says on starts and stops, if anything. Runs before /var is mounted and
+delays boot: it reads /etc/microvms, writes these, and must neither import more than `declaration`
+needs nor talk to any process.
 
 One broken declaration is logged and skipped; the others, and the boot, go on.
 """
@@ -110,9 +111,19 @@ def _write_service(directory: str, declared: Declaration, earlier: list[str]) ->
         if value is not None:
             service.append(f"Environment={variable}={value:.15g}")
     unit = [f"After={names.unit(name)}" for name in earlier]
+    # For the order of a shutdown above all: a start looks at more than a declaration has
+    # (mount_units), and nothing else has a VM stop before its disks are unmounted.
+    unit += [f"RequiresMountsFor={_quoted(path)}" for path in declared.storage]
     if unit or service:
         drop_ins = f"{directory}/{names.unit(declared.name)}.d"
         _write(drop_ins, _ONE, {"Unit": unit, "Service": service})
+
+
+def _quoted(path: str) -> str:
+    """A path as a word of a unit file (systemd.syntax(7), systemd.unit(5), "Specifiers")."""
+    for character in ("\\", '"'):
+        path = path.replace(character, f"\\{character}")
+    return '"' + path.replace("%", "%%") + '"'
 
 
 def _write(drop_ins: str, name: str, sections: dict[str, list[str]]) -> None:

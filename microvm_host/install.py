@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 
-from . import build_record, install_lock, log, runner, service, state, store, users
+from . import build_record, install_lock, log, mount_units, runner, service, state, store, users
 from .build_record import Built, Looks
 from .errors import MicrovmHostError, UsageError
 from .file_stamp import Inputs
@@ -22,7 +22,7 @@ from .source import DECLARED, KINDS, Source, remembered
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from .build.declared import Plan
     from .declaration import Declaration
@@ -82,6 +82,8 @@ def create(name: str, source: Source, host: HostPaths, user: str | None = None) 
         MicrovmHostError, PackageError: its package cannot be had; nothing is left behind.
     """
     path = host.vm(name)
+    # The state directory may be the mount point of a file system with a VM on it.
+    mount_units.require(name, lambda: _paths(source), host)
     with install_lock.of_vm(name, host, f"creates {name}") as lock:
         if os.path.lexists(path) and not (state.is_unused(name, host) or _is_unfinished(path)):
             raise UsageError(
@@ -130,6 +132,7 @@ def declared(
         looks: looks at what has changed, for several VMs at once.
         collects: delete packages that nobody needs any more; else the caller does it.
     """
+    mount_units.require(found.name, lambda: _paths(found.source), host)
     with install_lock.of_vm(found.name, host, f"installs {found.name}") as lock:
         change = _if_unchanged(found.name, host, looks or Looks(host), keeps_rollback)
         if change is not None:
@@ -230,10 +233,20 @@ def from_source(
         PackageError: it is no package, or a wrong one; likewise.
         DeclarationError: it is declared wrongly; likewise.
     """
+    mount_units.require(name, lambda: _paths(source), host)
     with install_lock.of_vm(name, host, f"installs {name}") as lock:
         return _Installation(
             name, source, host, lock, others, is_declared=is_declared, keeps_rollback=keeps_rollback
         ).carry_out()
+
+
+def _paths(source: Source) -> Iterator[str]:
+    """The absolute paths that a package comes from, or its declaration names."""
+    from . import declaration, package_paths
+
+    yield from package_paths.in_text(source.reference)
+    if source.kind == "declaration":
+        yield from package_paths.in_table(declaration.read(source.reference).table)
 
 
 class _Installation:

@@ -28,6 +28,19 @@ PCI_IDS_PLACES = ("/usr/share/misc/pci.ids", "/usr/share/hwdata/pci.ids")
 # A tree that was unpacked without the usr merge has its modules below /usr alone.
 MODULES_PLACES = ("/lib/modules", "/usr/lib/modules")
 
+# The load path of systemd, but for the distribution's units.
+UNIT_PLACES = (
+    "/etc/systemd/system.control",
+    "/run/systemd/system.control",
+    "/run/systemd/transient",
+    "/run/systemd/generator.early",
+    "/etc/systemd/system",
+    "/run/systemd/system",
+    "/run/systemd/generator",
+    "/usr/local/lib/systemd/system",
+    "/run/systemd/generator.late",
+)
+
 MICROVM_RUN = "bin/microvm-run"
 MICROVM_SHUTDOWN = "bin/microvm-shutdown"
 MICROVM_PREPARE = "bin/microvm-prepare"
@@ -297,6 +310,14 @@ class HostPaths:
     @property
     def mounts(self) -> str:
         return self.at("/proc/self/mountinfo")
+
+    def unit_directories(self) -> tuple[str, ...]:
+        """Where units of the administrator and of generators are, the first to count first.
+
+        Not the distribution's own: its mounts are the kernel's file systems, and others that an
+        administrator may have turned off (systemd.unit(5)).
+        """
+        return tuple(self.at(place) for place in UNIT_PLACES)
 
     @property
     def swaps(self) -> str:

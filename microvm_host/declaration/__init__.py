@@ -70,6 +70,8 @@ class Declaration:
     shutdown_timeout: float | None = None
     ask_again_after: float | None = None
     terminate_timeout: float | None = None
+    # Absolute paths that the guest's disks and shares are at, for what they lie on to be mounted.
+    storage: tuple[str, ...] = ()
 
 
 def name_of(path: str) -> str:
@@ -126,8 +128,19 @@ def of(document: Document) -> Declaration:
         source=_source(document),
         user=_user(document),
         allow_host_devices=_addresses("allow_host_devices", document),
+        storage=tuple(_storage(document)),
         **settings,
     )
+
+
+def _storage(document: Document) -> Iterator[str]:
+    # Whether they are what the schema asks for, is looked at when the package is built.
+    for array, key in (("volumes", "image"), ("shares", "source")):
+        entries = document.table.get(array)
+        for entry in entries if isinstance(entries, list) else ():
+            path = entry.get(key) if isinstance(entry, dict) else None
+            if isinstance(path, str) and path.startswith("/") and path.isprintable():
+                yield os.path.normpath(path)
 
 
 def _checked(document: Document) -> dict[str, Any]:

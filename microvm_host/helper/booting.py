@@ -17,12 +17,18 @@ if TYPE_CHECKING:
 
 def set_booted(name: str, host: HostPaths) -> None:
     """Check all of the package and make it the booted one: the rest of the start reads that."""
-    from .. import runner, service, state, trust
+    from .. import mount_units, runner, service, state, trust
 
+    may_lack = mount_units.require(name, lambda: [os.path.realpath(host.current(name))], host)
     state.check_current(name, host)
     package = runner.load(host.current(name))
     identity = service.identity(name)
     trust.check_package(package.path, identity)
+    if may_lack:
+        from .. import package_paths
+
+        by = trust.suspect(identity)
+        mount_units.require(name, lambda: package_paths.named_by(package, by), host)
     if state.prepare(name, identity.gid, host):
         log.notice(
             f"the state directory is {identity.group}'s from now on; if disks in it are a former "

@@ -54,7 +54,7 @@ LAYERS: tuple[set[str], ...] = (
         "users",
     },
     {"attach", "build_record", "declaration", "hostuse", "install_lock", "kvm", "nodes", "pci_lock"}
-    | {"pciids"},
+    | {"mount_units", "package_paths", "pciids"},
     {"build", "guests", "microvm_nix", "plan", "reborn", "service", "store", "systemd", "taken"}
     | {"runstate", "vsock"},
     {"environment"},
@@ -295,7 +295,11 @@ AGAIN = (
     | {"grp", "pwd", "time"}
 )
 BUDGET: dict[str, set[str]] = {
-    "set-booted": BOOTING | READS | SERVICE | ours("state", "trust") | {"grp", "pwd"},
+    "set-booted": BOOTING
+    | READS
+    | SERVICE
+    | ours("mount_units", "mounts", "state", "trust")
+    | {"grp", "pwd"},
     "unset-booted": BOOTING,
     "tap-interfaces-up": LINKS,
     "tap-interfaces-down": LINKS,

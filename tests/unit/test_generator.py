@@ -80,6 +80,30 @@ def test_nothing_declared(tmp_path: Path) -> None:
     assert (tree(tmp_path / "out"), complaints) == ({}, [])
 
 
+def test_a_vm_requires_the_mounts_of_its_disks_and_shares(tmp_path: Path) -> None:
+    host = HostPaths(str(tmp_path))
+    Path(host.declarations).mkdir(parents=True)
+    Path(host.declaration("web")).write_text(
+        'kernel = "/srv/kernel"\n'
+        '[[volumes]]\nimage = "root.img"\nsize = 8\n'
+        '[[volumes]]\nimage = "/srv/my disks/a\\"b%h.img"\nsize = 8\n'
+        '[[shares]]\nproto = "virtiofs"\ntag = "s"\nsource = "/srv/../mnt/share/"\n'
+    )
+    Path(host.declaration("other")).write_text('kernel = "/k"\nvolumes = 7\nshares = [7]\n')
+    complaints: list[MicrovmHostError] = []
+    (tmp_path / "out").mkdir()
+    generator.generate(str(tmp_path / "out"), UNITS, host, complaints.append)
+    drop_in = tmp_path / "out/microvm@web.service.d/50-declaration.conf"
+    assert drop_in.read_text().splitlines()[1:] == [
+        "",
+        "[Unit]",
+        'RequiresMountsFor="/srv/my disks/a\\"b%%h.img"',
+        'RequiresMountsFor="/mnt/share"',
+    ]
+    assert not (tmp_path / "out/microvm@other.service.d").exists()
+    assert complaints == []
+
+
 def test_wrong_call(capsys: pytest.CaptureFixture[str]) -> None:
     assert generator.main(["microvm-generator"], UNITS) == 2
     assert "usage: microvm-generator" in capsys.readouterr().err
