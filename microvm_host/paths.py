@@ -303,6 +303,10 @@ class HostPaths:
         """The sysfs directory of a disk or partition."""
         return self.at(f"/sys/class/block/{name}")
 
+    def block_number(self, number: str) -> str:
+        """The sysfs directory of a block device by its number, `8:0`."""
+        return self.at(f"/sys/dev/block/{number}")
+
     def block_node(self, name: str) -> str:
         # sysfs writes `!` for the `/` of names such as cciss/c0d0.
         return self.at(f"/dev/{name.replace('!', '/')}")

@@ -221,6 +221,11 @@ def load_pci_devices(path: str) -> tuple[str, ...]:
     return _Reader(path).pci_devices()
 
 
+def load_control_socket(path: str) -> ControlSocket | None:
+    """Read just the control socket of the package at `path`; raises PackageError."""
+    return _Reader(path).control_socket()
+
+
 def load_shares(path: str) -> tuple[Share, ...]:
     """Read just the shares of the package at `path`; raises PackageError."""
     return _Reader(path).shares()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the VMs of this host have for themselves already: MAC addresses, vsock CIDs and interfaces.
+"""What the VMs of this host have for themselves already: addresses, interfaces, disks and sockets.
 
 Of a VM whose declaration says what its guest is like, that declaration tells: what is declared is
 what comes, and two VMs may exchange what they have. Of any other the packages tell, that which
@@ -31,7 +31,7 @@ def gather(host: HostPaths) -> Claims:
         # Others are declared by where their packages come from.
         if not {"runner", "flake"} & table.keys():
             guests.add(name)
-            _add(found, name, claims.of(name, table, host_id))
+            _add(found, name, claims.of(name, table, host_id, host))
     try:
         present = sorted(os.listdir(host.state))
     except OSError:
@@ -40,9 +40,9 @@ def gather(host: HostPaths) -> Claims:
         if name in guests or not names.is_vm_name(name):
             continue
         if state.pointed_to(host.current(name)) is not None:
-            _add(found, name, _of_package(host.current(name)))
+            _add(found, name, _of_package(name, host.current(name), host))
         if state.booted(name, host) is not None:
-            _add(found, name, _of_package(host.booted(name)))
+            _add(found, name, _of_package(name, host.booted(name), host))
     return found
 
 
@@ -53,8 +53,14 @@ def _add(found: Claims, name: str, more: Iterator[Claim]) -> None:
             have.append(name)
 
 
-def _of_package(path: str) -> Iterator[Claim]:
-    for claim in (_cid, _taps, _macvtaps):
+def _of_package(name: str, path: str, host: HostPaths) -> Iterator[Claim]:
+    def sockets(path: str) -> list[Claim]:
+        found = [share.socket for share in runner.load_shares(path)]
+        control = runner.load_control_socket(path)
+        found += [control.path] if control is not None else []
+        return [claims.socket_claim(each, host.vm(name)) for each in found]
+
+    for claim in (_cid, _taps, _macvtaps, sockets):
         yield from _unless_broken(claim, path)
 
 

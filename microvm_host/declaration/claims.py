@@ -1,16 +1,24 @@
 # SPDX-License-Identifier: MIT
-"""What each declared VM wants to have for itself on this host: addresses and interfaces.
+"""What each declared VM wants to have for itself on this host: addresses, interfaces, disks, ports.
 
-Two VMs with the same MAC address, CID or tap do not fail when they are declared, but some day, in a
-way that nobody connects with it. So it is looked at before a package is made.
+Two VMs with the same MAC address or disk do not fail when they are declared, but some day, in a way
+that nobody connects with it. So it is looked at before a package is made.
+
+A disk is claimed by what its path leads to: links and hard links, a partition and the disk that it
+is on, a loop device and its file are one thing. Who only reads a disk may share it with others who
+do.
 """
 
 from __future__ import annotations
 
 import os
+import stat
 
 from .. import names
 from ..errors import DeclarationError, NameInvalid
+from ..frozen import frozen
+from ..paths import HostPaths
+from ..sysfs import attribute, entries
 from . import derived, name_of
 from .document import Document, is_declaration
 
@@ -19,33 +27,148 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
 
+    from .locate import Path
+
     # What is claimed, and which: ("MAC address", "02:00:00:00:00:01").
     Claim = tuple[str, str]
     # Who has it.
     Claims = dict[Claim, list[str]]
 
 MAC, CID, INTERFACE = "MAC address", "vsock CID", "interface"
+IMAGE, PORT, SOCKET = "image", "port of the host", "socket"
+# An image that is only read.
+IMAGE_READ = "image, to be read"
+_ANY_ADDRESS = ("", "0.0.0.0", "::")
 
 
-def of(name: str, table: dict[str, Any], host_id: str = "") -> Iterator[Claim]:
+@frozen
+class Wish:
+    """One claim of a declaration: `at` is the key that asks for it, and `text` what stands there.
+
+    One key may claim a thing by several names, of which each is as good as the others.
+    """
+
+    claim: Claim
+    at: Path
+    text: str
+
+    @property
+    def what(self) -> str:
+        return IMAGE if self.claim[0] == IMAGE_READ else self.claim[0]
+
+
+def of(
+    name: str, table: dict[str, Any], host_id: str = "", host: HostPaths | None = None
+) -> Iterator[Claim]:
     """What one declaration claims, given or derived; what is wrong in it claims nothing."""
+    return (wish.claim for wish in wishes(name, table, host_id, host))
+
+
+def wishes(
+    name: str, table: dict[str, Any], host_id: str = "", host: HostPaths | None = None
+) -> Iterator[Wish]:
+    """The same, with the keys that ask for it."""
+    host = host or HostPaths.from_environment()
     if "vsock" in table:
         vsock = table["vsock"]
         given = vsock.get("cid") if isinstance(vsock, dict) else None
-        yield CID, str(derived.cid(name) if given is None else given)
-    interfaces = table.get("interfaces")
-    for each in interfaces if isinstance(interfaces, list) else ():
-        if not isinstance(each, dict) or not isinstance(each.get("id"), str):
+        cid = str(derived.cid(name) if given is None else given)
+        yield Wish((CID, cid), ("vsock", "cid"), cid)
+    for number, each in _tables(table, "interfaces"):
+        if not isinstance(each.get("id"), str) or each.get("type") == "user":
+            # The latter has a network of its own, in which nobody else is.
             continue
-        if each.get("type") == "user":
-            # A network of its own, in which nobody else is.
-            continue
-        yield INTERFACE, each["id"]
+        at = ("interfaces", number)
+        yield Wish((INTERFACE, each["id"]), (*at, "id"), each["id"])
         try:
-            mac = each.get("mac") or derived.mac(name, each["id"], host_id)
-            yield MAC, names.mac_address(mac)
+            mac = names.mac_address(each.get("mac") or derived.mac(name, each["id"], host_id))
         except (NameInvalid, AttributeError):
             continue
+        yield Wish((MAC, mac), (*at, "mac"), mac)
+    for number, each in _tables(table, "volumes"):
+        if isinstance(image := each.get("image"), str):
+            for claim in image_claims(image, host.vm(name), host, shared=each.get("readOnly")):
+                yield Wish(claim, ("volumes", number, "image"), image)
+    for number, each in _tables(table, "forwardPorts"):
+        end = each.get("host")
+        if each.get("from", "host") == "host" and isinstance(end, dict):
+            where = f"{end.get('address') or '0.0.0.0'}:{end.get('port')}"
+            which = f"{each.get('proto', 'tcp')} {where}"
+            yield Wish((PORT, which), ("forwardPorts", number, "host", "port"), which)
+    if isinstance(socket := table.get("socket"), str) and socket:
+        yield Wish(socket_claim(socket, host.vm(name)), ("socket",), socket)
+    for number, each in _tables(table, "shares"):
+        if isinstance(socket := each.get("socket"), str) and socket:
+            claim = socket_claim(socket, host.vm(name))
+            yield Wish(claim, ("shares", number, "socket"), socket)
+
+
+def _tables(table: dict[str, Any], key: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The tables of an array that are some, with their numbers."""
+    array = table.get(key)
+    for number, each in enumerate(array if isinstance(array, list) else ()):
+        if isinstance(each, dict):
+            yield number, each
+
+
+def socket_claim(path: str, directory: str) -> Claim:
+    """The claim of a socket, whose path may be relative to the state directory."""
+    return SOCKET, os.path.realpath(os.path.join(directory, path))
+
+
+def image_claims(
+    image: str, directory: str, host: HostPaths, *, shared: object = False
+) -> Iterator[Claim]:
+    """The claims of a disk, by all that tells it from others.
+
+    Args:
+        image: its path, which may be relative to the state directory `directory`.
+        shared: it is only read.
+    """
+    kind = IMAGE_READ if shared is True else IMAGE
+    if image.startswith("rbd:"):
+        yield kind, image
+        return
+    path = os.path.realpath(os.path.join(directory, image))
+    yield kind, path
+    try:
+        # A name in a directory, for a file that is yet to be made, and for bind mounts.
+        parent = os.stat(os.path.dirname(path))
+        yield kind, f"{parent.st_dev}:{parent.st_ino}/{os.path.basename(path)}"
+        status = os.stat(path)
+    except OSError:
+        return
+    if stat.S_ISBLK(status.st_mode):
+        number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+        for each in sorted(_block_devices(number, host)):
+            yield kind, each
+    else:
+        yield kind, f"{status.st_dev}:{status.st_ino}"
+
+
+def _block_devices(number: str, host: HostPaths) -> set[str]:
+    """A block device, its partitions, and those that stand on any of them: LVM, dm-crypt, md.
+
+    And the file of a loop device, as image_claims has it.
+    """
+    found: set[str] = set()
+    ahead = [number]
+    while ahead:
+        each = ahead.pop()
+        if f"block device {each}" in found:
+            continue
+        found.add(f"block device {each}")
+        directory = host.block_number(each)
+        inner = [f"{directory}/{name}" for name in entries(directory)]
+        inner = [path for path in inner if os.path.exists(f"{path}/partition")]
+        inner += [host.block_device(name) for name in entries(f"{directory}/holders")]
+        ahead += [dev for path in inner if (dev := attribute(path, "dev"))]
+        try:
+            status = os.stat(attribute(f"{directory}/loop", "backing_file") or "")
+        except OSError:
+            continue
+        found.add(f"{status.st_dev}:{status.st_ino}")
+    return found
 
 
 def tables(directory: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -73,5 +196,24 @@ def gather(directory: str) -> Claims:
 
 
 def holder(claims: Claims, claim: Claim, name: str) -> str | None:
-    """Who has it, other than the VM of that name; None if nobody."""
-    return next((other for other in claims.get(claim, ()) if other != name), None)
+    """Who has what a claim is about, other than the VM of that name; None if nobody."""
+    kind, which = claim
+    if kind == PORT:
+        rivals = [other for other in claims if other[0] == PORT and _is_same_port(other[1], which)]
+    elif kind in (IMAGE, IMAGE_READ):
+        rivals = [(IMAGE, which), *([(IMAGE_READ, which)] if kind == IMAGE else [])]
+    else:
+        rivals = [claim]
+    holders = (holder for rival in rivals for holder in claims.get(rival, ()))
+    return next((other for other in holders if other != name), None)
+
+
+def _is_same_port(one: str, other: str) -> bool:
+    """Whether both would listen at the same place: an address of none in particular has all."""
+    if one == other:
+        return True
+    (proto, where), (other_proto, other_where) = one.split(" ", 1), other.split(" ", 1)
+    address, _, port = where.rpartition(":")
+    other_address, _, other_port = other_where.rpartition(":")
+    is_any = address in _ANY_ADDRESS or other_address in _ANY_ADDRESS
+    return is_any and (proto, port) == (other_proto, other_port)

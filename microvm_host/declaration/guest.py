@@ -247,8 +247,7 @@ def load(
         )
     reader = _Reader(name, document, host_id)
     guest = reader.guest()
-    if others:
-        _check_claims(name, document, others, host_id)
+    _check_claims(name, document, others or {}, host_id)
     return guest, document
 
 
@@ -598,25 +597,25 @@ def _is_in_the_way(one: Forward, other: Forward) -> bool:
 
 
 def _check_claims(name: str, document: Document, others: claims.Claims, host_id: str) -> None:
-    for claim in claims.of(name, document.table, host_id):
-        other = claims.holder(others, claim, name)
-        if other is None:
-            continue
-        what, which = claim
-        at: Path = ("vsock", "cid")
-        hint = "give it another by vsock.cid"
-        if what != claims.CID:
-            at = _place(document.table, name, claim, host_id)
-            hint = (
-                "give it another by interfaces.mac"
-                if what == claims.MAC
-                else "interfaces of the host have one name each"
-            )
-        raise document.error(at, f"{what} {which} is that of microVM {other}", hint)
+    own: dict[claims.Claim, Path] = {}
+    for wish in claims.wishes(name, document.table, host_id):
+        what, text = wish.what, wish.text
+        other = claims.holder(others, wish.claim, name)
+        if other is not None:
+            raise document.error(wish.at, f"{what} {text} is that of microVM {other}", _HINTS[what])
+        # By another path. What stands there twice has been told already.
+        mine = {claim: [str(at)] for claim, at in own.items() if at != wish.at}
+        if what in (claims.IMAGE, claims.SOCKET) and claims.holder(mine, wish.claim, ""):
+            raise document.error(wish.at, f"{what} {text} is there twice, by another path")
+        own.setdefault(wish.claim, wish.at)
 
 
-def _place(table: dict[str, Any], name: str, claim: claims.Claim, host_id: str) -> Path:
-    for number, each in enumerate(table["interfaces"]):
-        if claim in claims.of(name, {"interfaces": [each]}, host_id):
-            return ("interfaces", number, "id" if claim[0] == claims.INTERFACE else "mac")
-    return ("interfaces",)
+_HINTS = {
+    claims.MAC: "give it another by interfaces.mac",
+    claims.CID: "give it another by vsock.cid",
+    claims.INTERFACE: "interfaces of the host have one name each",
+    claims.IMAGE: "two VMs that write to one disk destroy it; they may share it where both have "
+    "readOnly = true",
+    claims.PORT: "one of them can listen there",
+    claims.SOCKET: "one of them can listen there",
+}
