@@ -12,7 +12,18 @@ from __future__ import annotations
 
 import os
 
-from . import build_record, install_lock, log, mount_units, runner, service, state, store, users
+from . import (
+    build_record,
+    image_changes,
+    install_lock,
+    log,
+    mount_units,
+    runner,
+    service,
+    state,
+    store,
+    users,
+)
 from .build_record import Built, Looks
 from .errors import MicrovmHostError, UsageError
 from .file_stamp import Inputs
@@ -278,6 +289,8 @@ class _Installation:
         # What is there now and was not there before, in the order in which it was made.
         self._made: list[str] = []
         self._images: tuple[str, ...] = ()
+        # What the new package does not do to images that are there.
+        self._undone: tuple[str, ...] = ()
 
     def carry_out(self) -> Change:
         """Do it; raises as from_source."""
@@ -290,6 +303,7 @@ class _Installation:
             after = runner.load(package).path
             # Not before there is something to put there: a build may be killed.
             self._prepare(service.identity(self._name))
+            self._note_undone(after)
             self._switch(after)
         except BaseException:
             self._undo()
@@ -316,6 +330,8 @@ class _Installation:
                 passed_over, after = after, self._before
             self._prepare(identity)
             if passed_over is None:
+                # Before those are made that are not there.
+                self._note_undone(after)
                 self._make_images(plan, package, identity)
             with store.locked(host):
                 self._switch(after)
@@ -333,7 +349,13 @@ class _Installation:
 
     def _change(self, after: str, passed_over: str | None = None) -> Change:
         booted = state.booted(self._name, self._host)
+        for line in self._undone:
+            log.warning(line, vm=self._name)
         return Change(self._name, self._before, after, booted, passed_over)
+
+    def _note_undone(self, after: str) -> None:
+        found = image_changes.not_done(self._name, self._before, after, self._directory)
+        self._undone = tuple(found)
 
     def _prepare(self, identity: Identity) -> None:
         """Have the state directory, with its owner."""
@@ -457,10 +479,23 @@ def _remove_image(image: str, directory: str) -> None:
 
 def _image_sources(plan: Plan) -> tuple[str, ...]:
     """What a package's images are made of."""
+    return tuple(_text(plan, "share/microvm/image-sources").splitlines())
+
+
+def _tell_undone(
+    name: str, before: str | None, after: str, host: HostPaths, text: str | None = None
+) -> None:
+    """Say what a package does not do to images that are there."""
+    for line in image_changes.not_done(name, before, after, host.vm(name), text=text):
+        log.warning(line, vm=name)
+
+
+def _text(plan: Plan, file: str) -> str:
+    """A file of a package that is to be; empty if it has none."""
     try:
-        return tuple(plan.tree.text("share/microvm/image-sources").splitlines())
+        return plan.tree.text(file)
     except KeyError:
-        return ()
+        return ""
 
 
 def _plan(
@@ -500,7 +535,10 @@ def would_be(
     if built is not None and source.reference == host.declaration(name):
         path = built.package
     else:
-        path = store.path_of(_plan(source.reference, host, others).tree, name, host)
+        plan = _plan(source.reference, host, others)
+        path = store.path_of(plan.tree, name, host)
+        before, text = state.pointed_to(host.current(name)), _text(plan, image_changes.ORIGINS)
+        _tell_undone(name, before, path, host, text)
     if store.turned_away_from(name, host) == path:
         return state.pointed_to(host.current(name))
     return path
@@ -537,6 +575,7 @@ def roll_back(name: str, to: str | None, host: HostPaths) -> Change:
             )
         after = runner.load(others[0]).path
         store.give(after, service.identity(name).gid)
+        _tell_undone(name, before, after, host)
         _make_current(name, after, host)
         # What is not to be installed again is what the first of several turned away from.
         store.note(name, after, host, instead_of=store.turned_away_from(name, host) or before)

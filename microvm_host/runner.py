@@ -33,6 +33,7 @@ SHARE = "share/microvm"
 FILE_MAX = 64 * 1024
 ENTRIES_MAX = 256
 
+IMAGE_FORMATS = ("raw", "qcow2", "vhd", "vhdx")
 CACHE_POLICIES = ("auto", "always", "never", "metadata")
 READINESS = ("exec", "guest")
 CONTROL_PROTOCOLS = ("qmp", "cloud-hypervisor", "firecracker")
@@ -99,6 +100,15 @@ class PrivateFile:
 
 
 @frozen
+class Image:
+    """A disk of the VM; `path` may be relative to the state directory."""
+
+    path: str
+    format: str
+    read_only: bool = False
+
+
+@frozen
 class ControlSocket:
     """Where the hypervisor takes commands, relative to the state directory, and in which words."""
 
@@ -146,6 +156,7 @@ class Package:
     private_files: tuple[PrivateFile, ...] = ()
     # Files of the state directory that each start makes anew, and that are gone when it is down.
     temporary_files: tuple[str, ...] = ()
+    images: tuple[Image, ...] = ()
 
     @property
     def version(self) -> str:
@@ -198,6 +209,7 @@ def load(path: str) -> Package:
         machine_uuid=reader.one(f"{SHARE}/machine-uuid", names.machine_uuid),
         private_files=reader.private_files(),
         temporary_files=reader.names_in(f"{SHARE}/temporary-files", names.file_name),
+        images=reader.images(),
     )
 
 
@@ -219,6 +231,11 @@ def load_vsock_cid(path: str) -> int | None:
 def load_pci_devices(path: str) -> tuple[str, ...]:
     """Read just the PCI addresses of the package at `path`; raises PackageError."""
     return _Reader(path).pci_devices()
+
+
+def load_images(path: str) -> tuple[Image, ...]:
+    """Read just the images that the package at `path` tells of; raises PackageError."""
+    return _Reader(path).images()
 
 
 def load_control_socket(path: str) -> ControlSocket | None:
@@ -514,6 +531,23 @@ class _Reader:
                 raise PackageError(problem, path=self.at(file), line=line)
             found[name] = PrivateFile(name, source)
         return tuple(found.values())
+
+    def images(self) -> tuple[Image, ...]:
+        file = f"{SHARE}/images"
+        found = []
+        for line, text in self.lines(file):
+            # A path may hold spaces.
+            form, _, rest = text.partition(" ")
+            access, _, path = rest.partition(" ")
+            if form not in IMAGE_FORMATS or access not in ("ro", "rw") or not path.isprintable():
+                raise PackageError(
+                    f"{text!r} is not FORMAT ro|rw PATH, with FORMAT one of "
+                    f"{', '.join(IMAGE_FORMATS)}",
+                    path=self.at(file),
+                    line=line,
+                )
+            found.append(Image(path, form, access == "ro"))
+        return tuple(found)
 
     def shares(self) -> tuple[Share, ...]:
         shares: list[Share] = []

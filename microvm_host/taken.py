@@ -60,7 +60,16 @@ def _of_package(name: str, path: str, host: HostPaths) -> Iterator[Claim]:
         found += [control.path] if control is not None else []
         return [claims.socket_claim(each, host.vm(name)) for each in found]
 
-    for claim in (_cid, _taps, _macvtaps, sockets):
+    def images(path: str) -> list[Claim]:
+        return [
+            claim
+            for image in runner.load_images(path)
+            for claim in claims.image_claims(
+                image.path, host.vm(name), host, shared=image.read_only
+            )
+        ]
+
+    for claim in (_cid, _taps, _macvtaps, sockets, images):
         yield from _unless_broken(claim, path)
 
 

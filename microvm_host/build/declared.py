@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 
-from .. import declaration
+from .. import declaration, image_format
 from ..declaration import document
 from ..declaration import guest as guests
 from ..file_stamp import Inputs
 from ..frozen import frozen
+from ..paths import HostPaths
 from . import build, volumes
 from .refused import Refused
 from .tools import find
@@ -65,12 +66,26 @@ def plan(
     if inputs is not None and not set(read.files) <= inputs.stamps.keys():
         # A drop-in that came in between.
         inputs.is_settled = False
+    _check_formats(guest, read)
     try:
         tree = build(guest, tools(guest) if tools else find(guest, inputs))
     except Refused as error:
         raise read.error(error.at, error.message, error.hint) from error
     images = tuple(volume.image for _, volume in volumes.filled(guest))
     return Plan(tree, images, declaration.of(read).user, read.table)
+
+
+def _check_formats(guest: Guest, read: document.Document) -> None:
+    """Refuse images that are there and have another format than is declared."""
+    directory = HostPaths.from_environment().vm(guest.name)
+    for number, volume in enumerate(guest.volumes):
+        path = os.path.join(directory, volume.image)
+        if wrong := image_format.mismatch(path, volume.image_type):
+            raise read.error(
+                ("volumes", number, "imageType" if volume.image_type != "raw" else "image"),
+                f"volumes.image = {volume.image!r} {wrong}",
+                image_format.hint(path, volume.image_type),
+            )
 
 
 def tree(

@@ -104,6 +104,8 @@ def facts(
     if agent is not None:
         lines["agent-socket"] = [agent]
     lines["image-sources"] = [volume.source or "" for _, volume in volumes.filled(guest)]
+    lines["images"] = volumes.images(guest)
+    lines["image-origins"] = volumes.origins(guest)
     lines["private-files"] = [f"{name} {path}" for name, path in private_files(guest)]
     lines["temporary-files"] = [volume.image for volume in seed.volumes(guest)]
     for share in guest.virtiofs:

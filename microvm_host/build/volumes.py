@@ -11,6 +11,7 @@ program would read through them.
 
 from __future__ import annotations
 
+import json
 from shlex import quote
 
 from ..paths import MICROVM_PREPARE
@@ -82,6 +83,35 @@ def filled(guest: Guest) -> list[tuple[int, Volume]]:
         (number, volume)
         for number, volume in enumerate(guest.volumes)
         if volume.source is not None and volume.is_file and volume.auto_create
+    ]
+
+
+def images(guest: Guest) -> list[str]:
+    """The images of a guest, a line each: format, `ro` or `rw`, and path."""
+    return [
+        f"{volume.image_type} {'ro' if volume.read_only else 'rw'} {volume.image}"
+        for volume in guest.volumes
+        if not volume.image.startswith("rbd:")
+    ]
+
+
+def origins(guest: Guest) -> list[str]:
+    """How the images are made that the package makes, a line of JSON each."""
+    return [
+        json.dumps(
+            {
+                "image": volume.image,
+                "imageType": volume.image_type,
+                "size": volume.size,
+                "fsType": volume.fs_type,
+                "label": volume.label,
+                "mkfsExtraArgs": volume.mkfs_extra_args,
+                "source": volume.source,
+            },
+            ensure_ascii=False,
+        )
+        for volume in guest.volumes
+        if volume.is_file and volume.auto_create
     ]
 
 

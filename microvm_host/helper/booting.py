@@ -35,6 +35,7 @@ def set_booted(name: str, host: HostPaths) -> None:
             f"user's, `microvm adopt {name}` hands them over",
             vm=name,
         )
+    _check_images(package, host.vm(name))
     noted = booted.record(name, host)
     noted.clear()
     noted.append("user", identity.user, str(identity.uid), identity.group, str(identity.gid))
@@ -57,6 +58,19 @@ def set_booted(name: str, host: HostPaths) -> None:
     if moved is not None:
         log.warning(f"the VM's user made a directory `booted`; it is {moved} now", vm=name)
     log.status(f"checked {package.path}")
+
+
+def _check_images(package: Package, directory: str) -> None:
+    """Refuse an image of another format than the hypervisor takes it for."""
+    if not package.images:
+        return
+    from .. import image_format
+    from ..errors import PackageError
+
+    for image in package.images:
+        path = os.path.join(directory, image.path)
+        if wrong := image_format.mismatch(path, image.format):
+            raise PackageError(wrong, path=path, hint=image_format.hint(path, image.format))
 
 
 def _note_readiness(package: Package, noted: Record, name: str) -> None:

@@ -41,6 +41,8 @@ LAYERS: tuple[set[str], ...] = (
     },
     {
         "bus",
+        "image_changes",
+        "image_format",
         "interfaces",
         "netlink",
         "leases",

@@ -233,6 +233,7 @@ EXAMPLES: dict[str, dict[str, str]] = {
 ADDITIONS = {"control-protocol", "control-socket", "event-log", "machine-uuid", "readiness"} | {
     *("agent-socket", "console-socket", "image-sources", "notify-socket", "private-files"),
     *("tap-bridges", "tap-macs", "tap-mtus", "macvtap-mtus", "temporary-files"),
+    *("image-origins", "images"),
     *("read-only", "cache", "posix-acl", "extra-args"),
 }
 
