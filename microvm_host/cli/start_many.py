@@ -68,10 +68,14 @@ def _error(vm: str, did_run: bool, since: str, complaint: str) -> MicrovmHostErr
 
 def _progress(vms: Sequence[str], seconds: float) -> str:
     states = systemd.states(*(names.unit(vm) for vm in vms))
-    missing = [vm for vm in vms if states.get(names.unit(vm)) not in _UP]
-    text = f"starting: {len(vms) - len(missing)} of {len(vms)} VMs are up"
+    up = [vm for vm in vms if states.get(names.unit(vm)) in _UP]
+    failed = [vm for vm in vms if states.get(names.unit(vm)) == "failed"]
+    missing = [vm for vm in vms if vm not in {*up, *failed}]
+    text = f"starting: {len(up)} of {len(vms)} VMs are up"
+    if failed:
+        text += f", {len(failed)} failed"
     if missing:
-        more = ", …" if len(missing) > _NAMES_SHOWN else ""
+        more = " and more" if len(missing) > _NAMES_SHOWN else ""
         text += f", waiting for {', '.join(missing[:_NAMES_SHOWN])}{more}"
     return f"{text} … {seconds:.0f} s"
 

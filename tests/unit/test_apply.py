@@ -200,3 +200,12 @@ def test_another_user_counts_from_the_next_start(host: HostPaths, starts: Starts
         ", runs as former until it is stopped, then as me: microvm stop other && "
         "microvm adopt --from former other && microvm start other"
     )
+
+
+def test_a_terminal_shows_who_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = {"microvm@a.service": "active", "microvm@b.service": "failed"}
+    monkeypatch.setattr(systemd, "states", lambda *_: states)
+    assert start_many._progress(["a", "b", "c", "d", "e", "f"], 7.2) == (
+        "starting: 1 of 6 VMs are up, 1 failed, waiting for c, d, e and more … 7 s"
+    )
+    assert start_many._progress(["a"], 1) == "starting: 1 of 1 VMs are up … 1 s"
