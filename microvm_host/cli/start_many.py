@@ -33,10 +33,14 @@ def bring_up(vms: Sequence[str], running: Sequence[str]) -> dict[str, MicrovmHos
     """
     since = f"@{time.time():.6f}"
     units = [names.unit(vm) for vm in vms]
+    # systemctl queues one job after the other, and systemd begins with the first at once. What
+    # comes after others is to be stopped before them, and started after them.
+    restarted = [unit for vm, unit in zip(vms, units, strict=True) if vm in running]
+    queue = [*reversed(restarted), *(unit for unit in units if unit not in restarted)]
     # `restart` starts what does not run.
     verb = "restart" if running else "start"
     began = time.monotonic()
-    job = subprocess.Popen(["systemctl", verb, "--", *units], stderr=subprocess.PIPE, text=True)
+    job = subprocess.Popen(["systemctl", verb, "--", *queue], stderr=subprocess.PIPE, text=True)
     line = Line()
     try:
         while True:

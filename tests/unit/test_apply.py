@@ -172,6 +172,7 @@ def test_each_failed_vm_has_its_own_reason(
         f'#!/bin/sh\necho "$*" >>{root}/calls\n'
         'case $1 in start|restart) echo "Job for x failed." >&2; exit 1 ;; esac\n'
         'case $1 in list-units) echo "microvm@a.service loaded active running A"\n'
+        'echo "microvm@c.service loaded active running C"\n'
         'echo "microvm@b.service loaded failed failed B" ;; esac\n',
     )
     packages.program(
@@ -179,12 +180,13 @@ def test_each_failed_vm_has_its_own_reason(
     )
     monkeypatch.undo()
     monkeypatch.setenv("PATH", f"{root}/bin:/usr/bin:/bin")
-    found = start_many.bring_up(["a", "b"], ["b"])
+    found = start_many.bring_up(["a", "b", "c"], ["b", "c"])
     assert [*found] == ["b"]
     assert str(found["b"]) == "could not restart b; `microvm status b` shows more"
     assert capfd.readouterr().err == "b: no such tap\n"
     calls = (root / "calls").read_text().splitlines()
-    assert calls[0] == "restart -- microvm@a.service microvm@b.service"
+    # Of those that run the last one is stopped first.
+    assert calls[0] == "restart -- microvm@c.service microvm@b.service microvm@a.service"
 
 
 def test_another_user_counts_from_the_next_start(host: HostPaths, starts: Starts) -> None:
