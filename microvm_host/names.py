@@ -38,6 +38,9 @@ FILE_NAME_MAX = 255
 
 # What IPv4 needs, and the most that the kernel gives a tap.
 MTU_MIN, MTU_MAX = 68, 65521
+# sockaddr_un of unix(7) has 108 bytes, with the final NUL.
+_SOCKET_PATH_MAX = 107
+
 MACVTAP_MODES = ("private", "vepa", "bridge", "passthru", "source")
 
 
@@ -114,6 +117,11 @@ def is_vm_name(text: str) -> bool:
     except NameInvalid:
         return False
     return True
+
+
+def is_socket_path(path: str) -> bool:
+    """Whether a socket can have this path, as far as its length goes."""
+    return len(path.encode()) <= _SOCKET_PATH_MAX
 
 
 def interface_name(text: str) -> str:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from hashlib import sha256
 
-from ..names import machine_uuid
+from ..names import is_socket_path, machine_uuid
+from ..paths import HostPaths
 
 # Small ones are what people give by hand.
 _CID_LOWEST = 1 << 16
@@ -64,5 +65,11 @@ def instance_id(vm: str) -> str:
 
 
 def share_socket(vm: str, tag: str) -> str:
-    """The socket between the hypervisor and virtiofsd, as microvm.nix names it."""
-    return f"{vm}-virtiofs-{tag}.sock"
+    """The socket between the hypervisor and virtiofsd, as microvm.nix names it.
+
+    Long names make a path that no socket can have: then a digest takes their place.
+    """
+    name = f"{vm}-virtiofs-{tag}.sock"
+    if is_socket_path(f"{HostPaths().vm(vm)}/{name}"):
+        return name
+    return f"virtiofs-{sha256(f'{vm}/{tag}'.encode()).hexdigest()[:10]}.sock"

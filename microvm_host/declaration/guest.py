@@ -470,6 +470,14 @@ class _Reader:
                     (*at, "tag"),
                     f"shares.tag {tag!r} has {part!r} in it, a file of each share's in the package",
                 )
+        path = f"{paths.HostPaths().vm(self._name)}/{socket}"
+        if socket and not names.is_socket_path(path):
+            raise self._wrong(
+                (*at, "socket"),
+                f"shares.socket = {socket!r} makes a path that no socket can have, for its "
+                f"{len(path.encode())} bytes: {path}",
+                "give it a shorter name, or none",
+            )
         translates = [arg for arg in found["extraArgs"] if arg.startswith("--translate-")]
         if found["posixAcl"] and translates:
             raise self._wrong(

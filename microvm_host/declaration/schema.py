@@ -259,7 +259,7 @@ _SHARE = Table(
             Text(_socket),
             None,
             "virtiofs: the socket between hypervisor and virtiofsd; by default "
-            "NAME-virtiofs-TAG.sock.",
+            "NAME-virtiofs-TAG.sock, or a digest of these where they are too long.",
         ),
         "extraArgs": Key(
             List(Text(_virtiofsd_argument)), (), "virtiofs: further arguments for virtiofsd."

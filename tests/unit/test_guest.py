@@ -14,9 +14,10 @@ import pytest
 
 from microvm_host import declaration, names, runner
 from microvm_host.build.tree import File
-from microvm_host.declaration import claims, derived, schema
+from microvm_host.declaration import claims, derived, guest, schema
 from microvm_host.declaration.kinds import Choice, List, Map, Number, Table, Text, Truth
 from microvm_host.declaration.nearest import nearest
+from microvm_host.errors import DeclarationError
 from microvm_host.paths import HostPaths
 
 from .test_declared_golden import DIRECTORY, RIGHT, tree
@@ -69,6 +70,42 @@ def test_derived_names_are_right_and_apart() -> None:
     assert all(3 <= cid < 0xFFFFFFFF for cid in cids)
     # Neither name runs into the other.
     assert derived.mac("a", "bc") != derived.mac("ab", "c")
+
+
+def declared(directory: Path, vm: str, share: str) -> guest.Guest:
+    path = directory / f"{vm}.toml"
+    path.write_text(
+        f'kernel = "/k"\ninitrd = "/i"\n[[shares]]\nproto = "virtiofs"\nsource = "/srv"\n{share}\n'
+    )
+    return guest.load(str(path))[0]
+
+
+@pytest.mark.parametrize("length", [1, 36, 37, 61, names.VM_NAME_MAX])
+def test_a_default_socket_is_one_whatever_the_names(tmp_path: Path, length: int) -> None:
+    """The start would be refused over a path that is too long, and nobody chose it."""
+    vm = "v" * length
+    tags = ["d", "t" * names.TAG_MAX, "t" * (names.TAG_MAX - 1)]
+    sockets = []
+    for tag in tags:
+        (share,) = declared(tmp_path, vm, f'tag = "{tag}"').virtiofs
+        assert share.socket is not None
+        sockets.append(share.socket)
+        assert len(f"/var/lib/microvms/{vm}/{share.socket}") <= 107
+    assert len({*sockets}) == len(tags)
+    # What fits is called as microvm.nix calls it.
+    assert (sockets[0] == f"{vm}-virtiofs-d.sock") == (length < 37)
+
+
+@pytest.mark.parametrize(("vm", "length"), [("web", 85), ("v" * names.VM_NAME_MAX, 25)])
+def test_a_socket_of_a_declaration_that_makes_too_long_a_path(
+    tmp_path: Path, vm: str, length: int
+) -> None:
+    fits = "s" * length
+    (share,) = declared(tmp_path, vm, f'tag = "t"\nsocket = "{fits}"').virtiofs
+    assert share.socket == fits
+    with pytest.raises(DeclarationError, match="makes a path that no socket can have") as caught:
+        declared(tmp_path, vm, f'tag = "t"\nsocket = "{fits}s"')
+    assert (caught.value.path, caught.value.line) == (str(tmp_path / f"{vm}.toml"), 7)
 
 
 # ---- claims
