@@ -243,10 +243,8 @@ def _wait_until(until: float, what: str) -> None:
         what: what it is started again after.
     """
     while (rest := until - time.clock_gettime(time.CLOCK_BOOTTIME)) > 0:
-        log.notify(
-            f"STATUS=Starts again in {rest:.0f} s, since {what}"
-            f"\nEXTEND_TIMEOUT_USEC={(min(rest, 1) + 20) * 1e6:.0f}"
-        )
+        status = log.status_assignment(f"Starts again in {rest:.0f} s, since {what}")
+        log.notify(f"{status}\nEXTEND_TIMEOUT_USEC={(min(rest, 1) + 20) * 1e6:.0f}")
         time.sleep(min(rest, 1))
 
 

@@ -98,7 +98,7 @@ def become(program: str, running: str | None) -> NoReturn:
         )
     # From here on systemd takes the VM for started. What comes next, execve, was checked.
     if running is not None:
-        log.notify(f"READY=1\nSTATUS={running}")
+        log.notify(f"READY=1\n{log.status_assignment(running)}")
     # Some packages would pass on what their guest says there, as it is. Not taken away, but
     # emptied: a script that minds unset variables minds that it is gone.
     if "NOTIFY_SOCKET" in os.environ:

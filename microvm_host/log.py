@@ -91,7 +91,7 @@ def _to_journal(priority: int, message: str, vm: str | None) -> bool:
 
 
 def _folded(message: str) -> str:
-    return message.replace("\n", " ")
+    return message.replace("\n", " ").replace("\r", " ")
 
 
 def _own_unit(host: HostPaths) -> str:
@@ -115,9 +115,18 @@ def notify(state: str) -> None:
         _send("\0" + address[1:] if address[0] == "@" else address, state, SYSTEMD_WITHIN)
 
 
+def status_assignment(text: str) -> str:
+    """`STATUS=` with any text, as a line of a message to systemd.
+
+    A line break would begin another assignment, which steers systemd. A backslash is systemd's
+    own: it drops one, and with one at the end the whole message.
+    """
+    return "STATUS=" + _folded(text).replace("\\", "\\\\")
+
+
 def status(text: str) -> None:
     """Say in `systemctl status` what is being done."""
-    notify(f"STATUS={text}")
+    notify(status_assignment(text))
 
 
 def waiting(text: str) -> None:
@@ -126,7 +135,7 @@ def waiting(text: str) -> None:
     The unit's timeout is put off, if need be, until some time after the last call. Whoever waits
     has to see to it that this ends.
     """
-    notify(f"STATUS={text}\nEXTEND_TIMEOUT_USEC={_PATIENCE * 1e6:.0f}")
+    notify(f"{status_assignment(text)}\nEXTEND_TIMEOUT_USEC={_PATIENCE * 1e6:.0f}")
 
 
 def kernel(priority: int, message: str, path: str) -> None:

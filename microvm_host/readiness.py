@@ -389,7 +389,7 @@ def _vsock(port: int, *, is_stream: bool) -> socket:
 def announce(main_pid: int, running: str, status: str) -> None:
     """Tell systemd that the VM is started, and of the guest what it has said last."""
     said = f"; the guest says: {status}" if status else ""
-    tell(f"MAINPID={main_pid}\nREADY=1\nSTATUS={running}{said}")
+    tell(f"MAINPID={main_pid}\nREADY=1\n{log.status_assignment(running + said)}")
 
 
 def tell(state: str) -> None:

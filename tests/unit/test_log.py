@@ -146,6 +146,19 @@ def test_notify_path(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert listener.recv(4096) == b"STATUS=for it\nEXTEND_TIMEOUT_USEC=30000000"
 
 
+def test_a_status_is_one_assignment_whatever_is_in_it(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """systemd splits a message at line breaks, and takes a backslash for an escape."""
+    address = str(root / "notify")
+    with listen(address) as listener:
+        monkeypatch.setenv("NOTIFY_SOCKET", address)
+        log.status("a\\x2db\nSTOPPING=1\rMAINPID=1\\")
+        assert listener.recv(4096) == b"STATUS=a\\\\x2db STOPPING=1 MAINPID=1\\\\"
+        log.waiting("a\\b\nREADY=1")
+        assert listener.recv(4096).split(b"\n")[0] == b"STATUS=a\\\\b READY=1"
+
+
 def test_notify_abstract(monkeypatch: pytest.MonkeyPatch) -> None:
     name = f"microvm-host-test-{secrets.token_hex(8)}"
     with listen(f"\0{name}") as listener:
