@@ -332,12 +332,12 @@ def share_unit(name: str, tag: str, suffix: str) -> str:
 def vm_of_share_unit(unit: str) -> str | None:
     """The VM that a unit of shares is of; None for a unit of another name.
 
-    Takes those of `share_unit`, `own_share_unit` and what starts `share_lost_unit`.
+    Takes those of `share_unit`, `own_share_unit` and `share_lost_unit`.
     """
     name, _, suffix = unit.rpartition(".")
     for prefix, suffixes in (
         (_SHARE_UNIT, ("socket", "service")),
-        (_SHARE_LOST_UNIT, ("timer", "path")),
+        (_SHARE_LOST_UNIT, ("service", "timer", "path")),
     ):
         if suffix in suffixes and name.startswith(prefix):
             break

@@ -55,6 +55,8 @@ MICROVM_BALLOON = "bin/microvm-balloon"
 MICROVM_REGISTER = "bin/microvm-register"
 MICROVM_UNREGISTER = "bin/microvm-unregister"
 
+# Where systemd takes what sd_notify(3) sends.
+NOTIFY_SOCKET = "/run/systemd/notify"
 # Where device nodes are, on this host and in guests.
 DEVICES = "/dev"
 # What scripts of packages read, and hypervisors are told, of the host's devices.

@@ -11,6 +11,7 @@ which takes the right to write to it (rename(2)). What is done then is done by n
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 
@@ -144,6 +145,34 @@ class Place:
             os.chown(itself, identity.uid, identity.gid)
         finally:
             os.close(socket)
+
+    def is_listened_at(self) -> bool:
+        """Whether a socket of root's is there that a program has open; it notices nothing.
+
+        A datagram socket cannot connect to a stream socket. The kernel refuses by EPROTOTYPE where
+        a program has that open, and by ECONNREFUSED where none has it any more.
+        """
+        from _socket import AF_UNIX, SOCK_CLOEXEC, SOCK_DGRAM, socket
+
+        if not self._go():
+            return False
+        try:
+            flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+            found = os.open(self._name, flags, dir_fd=self._opened[-1])
+        except FileNotFoundError:
+            return False
+        probe = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC)
+        try:
+            if not is_roots_socket(os.fstat(found)):
+                return False
+            probe.connect(f"{OPENED}/{found}")
+        except OSError as error:
+            return error.errno == errno.EPROTOTYPE
+        finally:
+            probe.close()
+            os.close(found)
+        # It took the probe, so that it is no stream socket.
+        return False
 
     def remove_socket(self) -> None:
         """Remove a socket, if it is one: never another file, whoever put it there."""

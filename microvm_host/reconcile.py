@@ -344,6 +344,8 @@ def _holding_back(vms: Sequence[str], host: HostPaths) -> Iterator[None]:
             ["systemd-run", "--quiet", "--no-block", "--collect", f"--unit={_GATE}"]
             + ["--description=Hold back starts while microvm reconcile undoes what VMs left"]
             + ["--property=Type=oneshot", f"--property=Before={' '.join(first)}"]
+            # Starts that `systemctl isolate` asks for are held back as well.
+            + ["--property=IgnoreOnIsolate=yes"]
             + ["--", "flock", host.reconcile_lock, "true"]
         )
         deadline = time.monotonic() + _GATE_CLOSES_WITHIN

@@ -22,8 +22,8 @@ import time
 from . import log, names, trust
 from .errors import MicrovmHostError, PackageError
 from .frozen import frozen
-from .paths import VIRTIOFSD_RUN
-from .place import Place, is_roots_directory, is_roots_socket
+from .paths import NOTIFY_SOCKET, VIRTIOFSD_RUN
+from .place import Place, is_roots_directory
 from .record import Record
 
 TYPE_CHECKING = False
@@ -51,6 +51,9 @@ if TYPE_CHECKING:
 OPEN_FILES = 1048576
 # A package's own supervisor was measured to take 3 s.
 OWN_SCRIPT_WITHIN = 30.0  # seconds
+# How long all of its sockets have to be listened at: a virtiofsd makes its socket first, and may
+# fail right after that.
+LISTENS_FOR = 0.2  # seconds
 # From the end of a virtiofsd until it is asked whether its hypervisor has ended, too. That may give
 # memory back first, systemd has to notice, and we to stop the timer; or it connects anew.
 TOLD_AFTER = 5.0  # seconds
@@ -169,8 +172,12 @@ class RunOwnScript:
 
     def apply(self, record: Record) -> None:
         unit = names.own_share_unit(self.vm)
-        timer, watch = (names.share_lost_unit(self.vm, "", each) for each in (".timer", ".path"))
-        for each in (watch, unit, timer):
+        teller, timer, watch = (
+            names.share_lost_unit(self.vm, "", each) for each in (".service", ".timer", ".path")
+        )
+        # The teller last: it may wait a while, and systemd keeps the unit that long which it is
+        # the OnFailure= of.
+        for each in (watch, unit, timer, teller):
             record.append("unit", each)
         served = _served(record)
         # What says here whose the sockets were is not of another start.
@@ -218,8 +225,10 @@ class RunOwnScript:
             # One virtiofsd that is killed for lack of memory is one share, and not all.
             "OOMPolicy": ("s", "continue"),
             "LimitNOFILE": ("t", OPEN_FILES),
-            # It reports to systemd when it is up, which nobody here waits for.
-            "NotifyAccess": ("s", "all"),
+            # Scripts report to systemd, and may end where they cannot. What they say is not
+            # heard: after STOPPING=1 systemd would kill all of this when TimeoutStopSec= is over.
+            "NotifyAccess": ("s", "none"),
+            "Environment": ("as", [f"NOTIFY_SOCKET={NOTIFY_SOCKET}"]),
             "PrivateTmp": ("b", True),
             **_confined(RIGHTS_OF_A_SCRIPT),
             # It runs as root in a directory where the VM's user makes files, and links.
@@ -240,21 +249,31 @@ class RunOwnScript:
     def _wait_for_sockets(self, unit: str) -> None:
         # Its own word, sd_notify, is not in packages of all years; the sockets are.
         deadline = time.monotonic() + OWN_SCRIPT_WITHIN
-        sockets = self.sockets.values()
-        while missing := [socket for socket in sockets if not _is_roots_socket(socket)]:
-            if self.systemd.active_state(unit) != "active":
+        since: float | None = None
+        while since is None or time.monotonic() - since < LISTENS_FOR:
+            missing = [path for path in self.sockets.values() if not self._is_listened_at(path)]
+            if not missing:
+                since = since or time.monotonic()
+            elif self.systemd.active_state(unit) != "active":
                 raise MicrovmHostError(
                     f"{VIRTIOFSD_RUN} ended before it listened at {missing[0]}",
                     path=self.program,
                     hint=f"`journalctl -u '{unit}'` says more",
                 )
-            if time.monotonic() > deadline:
+            elif time.monotonic() > deadline:
                 raise MicrovmHostError(
                     f"{VIRTIOFSD_RUN} does not listen at {missing[0]} after "
                     f"{OWN_SCRIPT_WITHIN:.0f} s",
                     path=self.program,
+                    hint=f"`journalctl -u '{unit}'` says more",
                 )
+            else:
+                since = None
             time.sleep(0.02)
+
+    def _is_listened_at(self, path: str) -> bool:
+        with Place(path, self.state_directory) as place:
+            return place.is_listened_at()
 
 
 def plan(
@@ -357,8 +376,7 @@ def socket_path(share: Share, state_directory: str, package: str) -> str:
             line=1,
             hint="give a path relative to it",
         )
-    # sockaddr_un, unix(7): 108 bytes with the final NUL.
-    if len(path.encode()) > 107:
+    if not names.is_socket_path(path):
         raise PackageError(
             f"the socket {share.socket!r} of share {share.tag!r} makes a path of more than 107 "
             "bytes",
@@ -476,13 +494,6 @@ def _legacy_argv(virtiofsd: Virtiofsd, share: Share, source: str, *, posix_acl: 
     ]
 
 
-def _is_roots_socket(path: str) -> bool:
-    try:
-        return is_roots_socket(os.lstat(path))
-    except FileNotFoundError:
-        return False
-
-
 def _capabilities(*numbers: int) -> int:
     """A set of capabilities, as systemd has it on its bus: a bit for each."""
     return sum(1 << number for number in numbers)
@@ -547,6 +558,9 @@ def _described(description: str) -> dict[str, tuple[str, object]]:
         "Documentation": ("as", ["man:microvm-host(7)"]),
         # Gone from systemd's memory as well, failed or not.
         "CollectMode": ("s", "inactive-or-failed"),
+        # No unit requires these, so that `systemctl isolate` would stop them under VMs that go on
+        # running. Those that it stops have their shares stopped by the unit that made these.
+        "IgnoreOnIsolate": ("b", True),
     }
 
 

@@ -27,6 +27,8 @@ _DESTINATION = b"org.freedesktop.systemd1"
 _PATH = b"/org/freedesktop/systemd1"
 _MANAGER = b"org.freedesktop.systemd1.Manager"
 _UNIT = b"org.freedesktop.systemd1.Unit"
+# systemd keeps a stopped transient unit until the unit of its OnSuccess= or OnFailure= has started.
+_FORGETS_WITHIN = 30.0  # seconds
 
 
 def show(unit: str, *properties: str) -> dict[str, str]:
@@ -148,6 +150,9 @@ class Connection:
     ) -> None:
         """Start a transient unit and wait until it is up.
 
+        A former unit of one of the names may have stopped without systemd having forgotten it:
+        the new one waits for that.
+
         Args:
             unit: its name.
             auxiliary: further units to create, not to start, by name.
@@ -164,14 +169,38 @@ class Connection:
             arguments += self._marshal_properties(its_properties)
             arguments.append((-1, None))
         arguments.append((-1, None))
-        job = self._call(_PATH, _MANAGER, b"StartTransientUnit", arguments, about=unit)
-        self._wait_for_job(job)
+        self._wait_for_job(self._create([unit, *(auxiliary or {})], arguments))
         state = self.active_state(unit)
         if state != "active":
             raise MicrovmHostError(
                 f"{unit} did not start: it is {state}",
                 hint=f"`systemctl status '{unit}'` or `journalctl -u '{unit}'` says more",
             )
+
+    def _create(self, units: Sequence[str], arguments: Any) -> Any:
+        """Call StartTransientUnit for units of these names; gives the job's object."""
+        deadline = time.monotonic() + _FORGETS_WITHIN
+        while True:
+            try:
+                return self._bus.call_method(
+                    _DESTINATION, _PATH, _MANAGER, b"StartTransientUnit", arguments
+                ).body
+            except Exception as error:
+                refused = MicrovmHostError(f"systemd refuses {units[0]}: {_message(error)}")
+                if not _is_known_already(error):
+                    raise refused from error
+            for unit in units:
+                state = self.active_state(unit)
+                if state not in ("inactive", "failed", "deactivating"):
+                    refused.hint = f"it is {state}; stop it: systemctl stop '{unit}'"
+                    raise refused
+            if time.monotonic() > deadline:
+                raise refused
+            # The listing, which never comes here, loads this module too.
+            from . import log
+
+            log.waiting(f"Waiting for systemd to forget the former {units[0]}")
+            time.sleep(0.05)
 
     def active_state(self, unit: str) -> str:
         """`active`, `failed`, …; `inactive` for a unit that systemd no longer has."""
@@ -202,14 +231,6 @@ class Connection:
             marshalled += [(-1, None), (-1, None)]
         marshalled.append((-1, None))
         return marshalled
-
-    def _call(
-        self, path: bytes, interface: bytes, method: bytes, arguments: Any, *, about: str
-    ) -> Any:
-        try:
-            return self._bus.call_method(_DESTINATION, path, interface, method, arguments).body
-        except Exception as error:
-            raise MicrovmHostError(f"systemd refuses {about}: {_message(error)}") from error
 
     def _wait_for_job(self, job: bytes) -> None:
         # A job's object goes away with the job. Asking for it costs 0.1 ms and, unlike waiting
@@ -287,6 +308,13 @@ def _encoded(text: str | bytes) -> bytes:
 def _message(error: Exception) -> str:
     text = getattr(error, "err_message", None) or str(error)
     return text.decode(errors="replace") if isinstance(text, bytes) else str(text)
+
+
+def _is_known_already(error: Exception) -> bool:
+    """Whether a D-Bus error says that systemd has a unit of this name (UnitExists)."""
+    from errno import EEXIST
+
+    return bool(abs(getattr(error, "errno", 0) or 0) == EEXIST)
 
 
 def _is_gone(error: Exception) -> bool:

@@ -204,9 +204,8 @@ def test_instances_name_vm_and_tag(vm: str, tag: str) -> None:
     instance = unit.removeprefix("microvm-share-lost@").removesuffix(".service")
     assert names.share_of(instance) == (vm, tag)
     assert os.fsencode(instance).isascii()
-    for suffix in (".timer", ".path"):
+    # The service too: it is stopped with the VM, since it keeps the unit that it tells of.
+    for suffix in (".service", ".timer", ".path"):
         other = names.share_lost_unit(vm, tag, suffix)
         assert other == f"microvm-share-lost@{instance}{suffix}"
         assert names.vm_of_share_unit(other) == vm
-    # That one is no VM's: it is a file of the toolkit, and nobody's to stop.
-    assert names.vm_of_share_unit(unit) is None

@@ -248,3 +248,42 @@ def test_giving_what_is_no_socket_of_roots(state: Path, root: Path, kind: str) -
     with Place(str(path), str(state)) as its, wanted:
         its.give(ALICE)
     assert mode(file) == mode(other) == 0o644
+
+
+def test_a_socket_that_is_listened_at(state: Path, root: Path) -> None:
+    path = state / "run/a.sock"
+    path.parent.mkdir(mode=0o755)
+
+    def is_listened_at() -> bool:
+        with Place(str(path), str(state)) as its:
+            return its.is_listened_at()
+
+    assert not is_listened_at()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        listener.setblocking(False)
+        before = is_open()
+        assert is_listened_at()
+        assert is_open() == before
+        # virtiofsd ends when the first who connects has gone.
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+        os.link(path, state / "run/second")
+        assert not is_listened_at()
+        os.unlink(state / "run/second")
+        os.rename(path, root / "moved.sock")
+        os.symlink(root / "moved.sock", path)
+        assert not is_listened_at()
+        os.unlink(path)
+        os.rename(root / "moved.sock", path)
+        assert is_listened_at()
+    assert not is_listened_at()
+    path.unlink()
+    path.write_text("no socket")
+    assert not is_listened_at()
+    path.unlink()
+    path.parent.chmod(0o777)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        assert not is_listened_at()

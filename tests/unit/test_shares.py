@@ -465,7 +465,7 @@ def test_own_script_where_only_it_knows_the_options(
     step.apply(record)
     reserved = ["a.sock.pid", "b.sock.pid", "supervisord.log", "supervisord.pid"]
     watch, timer = "microvm-share-lost@web.path", "microvm-share-lost@web.timer"
-    units = [watch, "microvm-virtiofsd-web.service", timer]
+    units = [watch, "microvm-virtiofsd-web.service", timer, "microvm-share-lost@web.service"]
     assert record.read() == [
         *(["unit", unit] for unit in units),
         ["socket", f"{state}/a.sock"],
@@ -524,6 +524,81 @@ def test_own_script_that_does_not_listen(
     )
     with pytest.raises(MicrovmHostError, match="does not listen at"):
         step.apply(Record(host.record("web", "virtiofsd")))
+
+
+@pytest.mark.usefixtures("state")
+def test_a_socket_that_nobody_listens_at_is_not_served(
+    host: HostPaths, package: Path, root: Path, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A virtiofsd that died at once has left its socket, at the first look or a moment later."""
+    monkeypatch.setattr(shares, "OWN_SCRIPT_WITHIN", 0.5)
+    packages.program(package, "bin/virtiofsd-run")
+    plain = [Share("a", str(root), "a.sock"), Share("b", str(root), "b.sock")]
+    systemd = FakeSystemd(binds=[f"{state}/a.sock", f"{state}/b.sock"])
+    (step,) = shares.plan("web", str(package), plain, ALICE, host, systemd)
+    looks: list[str] = []
+    look = shares.RunOwnScript._is_listened_at
+
+    def dies_after_a_look(step: shares.RunOwnScript, path: str) -> bool:
+        found = look(step, path)
+        looks.append(path)
+        systemd.listeners[-1].close()
+        return found
+
+    monkeypatch.setattr(shares.RunOwnScript, "_is_listened_at", dies_after_a_look)
+    record = Record(host.record("web", "virtiofsd"))
+    with pytest.raises(MicrovmHostError, match=f"does not listen at {state}/b.sock") as caught:
+        step.apply(record)
+    assert "journalctl -u 'microvm-virtiofsd-web.service'" in caught.value.hint
+    assert looks[:2] == [f"{state}/a.sock", f"{state}/b.sock"]
+    assert Record(host.record("web", "served-shares")).read() == []
+
+
+# ---- what holds for all units that are made
+
+
+def made(systemd: FakeSystemd) -> dict[str, Any]:
+    """The units that were asked for, with their properties."""
+    return {
+        unit: properties
+        for name, main, others in systemd.started
+        for unit, properties in {name: main, **others}.items()
+    }
+
+
+@pytest.fixture
+def all_units(host: HostPaths, package: Path, root: Path, state: str) -> dict[str, Any]:
+    """All units of shares: by systemd's sockets, and by a package's own script."""
+    packages.program(Path(host.root), "usr/libexec/virtiofsd")
+    record = Record(host.record("web", "virtiofsd"))
+    systemd = FakeSystemd(binds=[f"{state}/b.sock"])
+    given = Share("a", str(root), "a.sock", options_given=True)
+    for step in shares.plan("web", str(package), [given], ALICE, host, systemd):
+        step.apply(record)
+    packages.program(package, "bin/virtiofsd-run")
+    own = Share("b", str(root), "b.sock")
+    for step in shares.plan("web", str(package), [own], ALICE, host, systemd):
+        step.apply(record)
+    return made(systemd)
+
+
+def test_isolate_stops_no_unit_of_a_running_vm(all_units: dict[str, Any]) -> None:
+    """`systemctl isolate` stops what no unit requires, and nothing requires transient units."""
+    assert {unit.rpartition(".")[2] for unit in all_units} == {"socket", "service", "timer", "path"}
+    for unit, properties in all_units.items():
+        assert properties.get("IgnoreOnIsolate") == ("b", True), unit
+
+
+def test_no_message_of_a_virtiofsd_or_a_script_steers_its_unit(all_units: dict[str, Any]) -> None:
+    services = {unit for unit in all_units if unit.endswith(".service")}
+    assert services == {"microvm-virtiofsd-web-a.service", "microvm-virtiofsd-web.service"}
+    for unit in services:
+        # Without the property, a service of systemd's default type hears nobody (systemd.service).
+        assert all_units[unit].get("NotifyAccess", ("s", "none")) == ("s", "none"), unit
+        assert not {"Type", "WatchdogUSec", "BusName"} & {*all_units[unit]}, unit
+    # A script that reports ends by `set -e` if there is nowhere to report to.
+    environment = all_units["microvm-virtiofsd-web.service"]["Environment"]
+    assert environment == ("as", ["NOTIFY_SOCKET=/run/systemd/notify"])
 
 
 @pytest.mark.usefixtures("state", "virtiofsd")
@@ -756,14 +831,16 @@ def test_a_link_in_the_place_of_a_socket_that_is_to_be_given_away(
     secret = root / "secret"
     secret.touch(0o644)
 
-    def seen(path: str) -> bool:
+    def seen(_: shares.RunOwnScript, path: str) -> bool:
+        if os.path.lexists(path):
+            return True
         if is_hard:
             os.link(secret, path)
         else:
             os.symlink(secret, path)
         return True
 
-    monkeypatch.setattr(shares, "_is_roots_socket", seen)
+    monkeypatch.setattr(shares.RunOwnScript, "_is_listened_at", seen)
     with pytest.raises(MicrovmHostError, match="is to be a socket of root's"):
         step.apply(Record(host.record("web", "virtiofsd")))
     assert stat.S_IMODE(secret.stat().st_mode) == 0o644

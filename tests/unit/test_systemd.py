@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import errno
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -114,3 +117,91 @@ def test_program_that_fails(root: Path) -> None:
     program = packages.program(root, "fail", "#!/bin/sh\nexit 7\n")
     with pytest.raises(MicrovmHostError, match="failed with 7"):
         process.output([str(program), "x"])
+
+
+# ---- transient units
+
+
+class DBusError(Exception):
+    """As pystemd raises it: with sd-bus's negative errno, and a message in bytes."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.errno = -number
+        self.err_message = message.encode()
+
+
+class FakeBus:
+    """systemd, which has units of these states, and forgets each at a number of calls."""
+
+    def __init__(self, units: dict[str, str], *, forgets_at: int = 0) -> None:
+        self.units = units
+        self.forgets_at = forgets_at
+        self.created: list[list[str]] = []
+        self.calls = 0
+
+    def call_method(self, *call: Any) -> Any:
+        method, arguments = call[3:]
+        self.calls += 1
+        if self.calls == self.forgets_at:
+            self.units.clear()
+        wanted = [each for each in arguments if isinstance(each, str) and each != "fail"]
+        if method == b"GetUnit":
+            if wanted[0] not in self.units:
+                raise DBusError(errno.ENOENT, f"Unit {wanted[0]} not loaded.")
+            return type("Reply", (), {"body": wanted[0].encode()})
+        assert method == b"StartTransientUnit"
+        for name in wanted:
+            if name in self.units:
+                raise DBusError(
+                    errno.EEXIST, f"Unit {name} was already loaded or has a fragment file."
+                )
+        self.created.append(wanted)
+        self.units.update(dict.fromkeys(wanted, "active"))
+        return type("Reply", (), {"body": b"/job"})
+
+    def get_property(self, _: bytes, path: bytes, interface: bytes, *__: bytes) -> bytes:
+        if interface.endswith(b".Job"):
+            raise DBusError(errno.ENOENT, "Unknown object")
+        return self.units[path.decode()].encode()
+
+
+def connection(bus: FakeBus) -> systemd.Connection:
+    """A connection to it, whose arguments are the names in them."""
+    made = systemd.Connection.__new__(systemd.Connection)
+    made._bus = bus
+    made._apply_signature = lambda _, values: [
+        value.decode() for value in values if isinstance(value, bytes)
+    ]
+    made._marshal_properties = lambda properties: []  # type: ignore[method-assign]
+    return made
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("kept", ["a.service", "a.timer"])
+@pytest.mark.parametrize("state", ["inactive", "failed", "deactivating"])
+def test_a_former_unit_that_has_stopped_is_waited_for(kept: str, state: str) -> None:
+    """systemd keeps it while it starts the unit of its OnFailure=, after a restart's stop."""
+    bus = FakeBus({kept: state}, forgets_at=20)
+    connection(bus).start_transient("a.service", {}, {"a.timer": {}})
+    assert bus.created == [["a.service", "a.timer"]]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_former_unit_that_runs_is_not_waited_for() -> None:
+    bus = FakeBus({"a.service": "active"})
+    with pytest.raises(MicrovmHostError, match=r"was already loaded.*systemctl stop"):
+        connection(bus).start_transient("a.service", {})
+    assert bus.calls == 2
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_former_unit_that_stays_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(systemd, "_FORGETS_WITHIN", 0)
+    with pytest.raises(MicrovmHostError, match="was already loaded"):
+        connection(FakeBus({"a.service": "failed"})).start_transient("a.service", {})
