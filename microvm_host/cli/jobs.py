@@ -50,9 +50,9 @@ CONFINEMENT = (
     "ProtectHostname=yes",
 )
 # What it ends before when the host shuts down; the same test.
+AFTER = ("network.target", "remote-fs.target", "nss-user-lookup.target")
 # getopt(3) of ssh.c: letters of options that take a value.
 _SSH_OPTIONS_WITH_VALUE = frozenset("BbcDEeFIiJLlmOoPpQRSWw")
-AFTER = ("network.target", "remote-fs.target")
 _DOING = {"start": "starting", "stop": "stopping", "restart": "restarting"}
 # Debian's packages of programs that a host may lack.
 _PACKAGES = {"ssh": "openssh-client"}
@@ -81,8 +81,6 @@ def run(verb: str, vms: Sequence[str]) -> None:
                 break
             except subprocess.TimeoutExpired:
                 progress.show(time.monotonic() - began, lambda: _waited_for(units))
-        if verb == "stop" and job.returncode == 0:
-            _wait_until_undone(vms, progress, began)
     except KeyboardInterrupt:
         job.wait()
         error = MicrovmHostError(
@@ -93,11 +91,19 @@ def run(verb: str, vms: Sequence[str]) -> None:
         raise error from None
     finally:
         progress.clear()
-    # A stop that ended in force is a stop to systemctl; the unit has it as a failure.
-    if job.returncode or (verb == "stop" and "failed" in systemd.states(*running).values()):
+    # A stop that ended in force is a stop to systemctl; the unit has it as a failure. So has a
+    # set-up unit that could not undo something.
+    failed = [unit for unit, state in systemd.states(*running).items() if state == "failed"]
+    if job.returncode or failed:
         if os.geteuid() != 0 and any(word in complaint for word in _REFUSALS):
             raise MicrovmHostError("this needs root", hint=f"sudo microvm {verb} {' '.join(vms)}")
         sys.stderr.write(reasons(vms, since) or complaint)
+        if not job.returncode and not {*failed} & {*_services(vms)}:
+            raise MicrovmHostError(
+                f"{', '.join(vms)} stopped, but not all that was set up could be undone: "
+                f"{', '.join(failed)} failed",
+                hint="`microvm reconcile --apply` tries again",
+            )
         kind = PackageError if is_wrong_package(vms) else MicrovmHostError
         raise kind(
             f"could not {verb} {', '.join(vms)}", hint=f"`microvm status {vms[0]}` shows more"
@@ -117,14 +123,20 @@ def select(verb: str, patterns: Sequence[str], host: HostPaths) -> list[str]:
 
 
 def _units(verb: str, vms: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The units to start or stop for VMs, and those of them that run now."""
+    """The units to start or stop for VMs, and for a stop those of them that run now."""
     services = [names.unit(vm) for vm in vms]
-    foreground = [names.foreground_unit(vm) for vm in vms]
-    states = systemd.states(*services, *foreground)
+    if verb != "stop":
+        return services, []
+    # systemd stops these with the VM anyway, but systemctl waits for none that it is not given.
+    set_up = [unit for vm in vms for unit in names.set_up_units(vm)]
+    states = systemd.states(*_services(vms), *set_up)
     running = [unit for unit, state in states.items() if state not in ("inactive", "failed")]
-    if verb == "stop":
-        services += [unit for unit in foreground if unit in running]
-    return services, running
+    return list(dict.fromkeys([*services, *running])), running
+
+
+def _services(vms: Sequence[str]) -> list[str]:
+    """The services that run VMs, in the foreground as well."""
+    return [unit for vm in vms for unit in (names.unit(vm), names.foreground_unit(vm))]
 
 
 def is_wrong_package(vms: Sequence[str]) -> bool:
@@ -138,8 +150,7 @@ def is_wrong_package(vms: Sequence[str]) -> bool:
 
 
 def _wait_until_undone(vms: Sequence[str], progress: _Progress, began: float) -> None:
-    # systemd is done with the stop when the hypervisor has ended; what was set up for it is
-    # undone after that.
+    # For who waits for a stop that somebody else has asked for.
     units = [unit for vm in vms for unit in (names.unit(vm), *names.set_up_units(vm))]
     deadline = time.monotonic() + _GONE_WITHIN
     while time.monotonic() < deadline:
@@ -234,6 +245,8 @@ def run_in_foreground(vm: str, host: HostPaths) -> NoReturn:
         "Wants": names.guard_unit(vm),
         "After": " ".join([*set_up, *AFTER]),
         "Conflicts": names.unit(vm),
+        # Stopped with all other VMs by `systemctl stop microvms.target`.
+        "PartOf": "microvms.target",
         "Type": "exec",
         # What stops it says what it waits for.
         "NotifyAccess": "exec",

@@ -199,6 +199,105 @@ def test_registration_is_in_nobodys_way() -> None:
     assert values(name, "Wants") == values(name, "Requires") == []
 
 
+# ---- what holds for all units of the toolkit, those too that are made when they are needed
+
+# Verbs of the helper that become, or run, what is a package's or a guest's.
+RUNS_PACKAGES = {"start", "stop"}
+# Who is heard beside the main process, and what for. A hypervisor is the main process of these two
+# units: it is not given $NOTIFY_SOCKET, and microvm-guard@ bounds what it could do with it anyway.
+HEARD = {
+    # The helper that starts the VM says when it is ready, the one that stops it waits longer.
+    "microvm@.service.in": "exec",
+    # The helper that gives devices back may need time.
+    "microvm-pci-devices@.service.in": "exec",
+}
+# Units that a running VM does not need, and why `systemctl isolate` may stop each.
+NEEDLESS = {
+    # Waits to start a VM again that is down; isolating starts it at once, or it is not wanted.
+    "microvm-again@.service.in",
+    # Stops units that are down.
+    "microvm-undo@.target",
+    # Brings in what the next start takes.
+    "install-microvm@.service.in",
+    # Wants VMs, and nothing else.
+    "microvms.target",
+}
+
+
+def code(*suffixes: str) -> str:
+    """All of the toolkit's code, or of some modules."""
+    found = [REPOSITORY / "microvm_host" / name for name in suffixes]
+    return "\n".join(
+        path.read_text() for path in found or sorted((REPOSITORY / "microvm_host").rglob("*.py"))
+    )
+
+
+@pytest.mark.parametrize("name", [*SET_UP, *MORE_SERVICES])
+def test_only_helpers_steer_units_by_messages(name: str) -> None:
+    access = values(name, "NotifyAccess") or ["none"]
+    assert access[0] in ("none", HEARD.get(name, "main")), name
+    verbs = {line.split()[1] for line in lines(name) if line.startswith(("ExecStart=", "ExecStop"))}
+    if RUNS_PACKAGES & verbs:
+        assert name == "microvm@.service.in"
+    assert "Watchdog" not in "\n".join(lines(name))
+
+
+def test_code_that_makes_units_says_who_is_heard() -> None:
+    """A new unit has to be thought of here: by whom it may be steered, and what stops it."""
+    modules = {
+        path.name
+        for path in (REPOSITORY / "microvm_host").rglob("*.py")
+        if re.search(r"\.start_transient\(|\"systemd-run\"", path.read_text())
+    }
+    # tests/unit/test_shares.py looks at each unit of the first.
+    assert modules == {"shares.py", "jobs.py", "reconcile.py"}
+    heard = re.findall(r'NotifyAccess(?:": |=)(.*?),?\n', code())
+    # Of a package's script nothing; of a VM in the foreground as of microvm@.
+    assert sorted(heard) == ['"exec"', '("s", "none")']
+    # What holds back starts while `reconcile` works does so when the host isolates a target, too.
+    assert code("reconcile.py").count("--property=IgnoreOnIsolate=yes") == 1
+
+
+def test_a_status_cannot_be_more_than_that() -> None:
+    """What goes into a message to systemd passes log.status_assignment, which has one line."""
+    found = [line.strip() for line in code().splitlines() if re.search(r"[\"']STATUS=", line)]
+    assert len(found) == 1 and "_folded" in found[0], found
+
+
+def test_isolate_stops_nothing_that_a_running_vm_needs() -> None:
+    """Units that it does not name are pulled in by the VM, or say that they are to be left."""
+    pulled = {"microvm@%i.service"}
+    while True:
+        files = [name.replace("@%i.", "@.") for name in pulled]
+        more = {
+            unit
+            for path in UNITS
+            if path.name.removesuffix(".in") in files
+            for key in ("Requires", "Wants", "BindsTo")
+            for unit in values(path.name, key)
+        }
+        if more <= pulled:
+            break
+        pulled |= more
+    for path in UNITS:
+        unit = path.name.removesuffix(".in").replace("@.", "@%i.")
+        if unit not in pulled and path.name not in NEEDLESS:
+            assert values(path.name, "IgnoreOnIsolate") == ["yes"], path.name
+
+
+def test_vms_are_part_of_the_target_that_wants_them() -> None:
+    assert values("microvm@.service.in", "PartOf") == ["microvms.target"]
+    assert '"PartOf": "microvms.target"' in code("cli/jobs.py")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["microvm@.service.in", "microvm-set-booted@.service.in", "install-microvm@.service.in"],
+)
+def test_users_of_a_directory_service_are_known_first(name: str) -> None:
+    assert "nss-user-lookup.target" in values(name, "After")
+
+
 def test_verbs_are_the_helpers() -> None:
     from microvm_host.helper.entry import SHARE_VERBS, VERBS
 
