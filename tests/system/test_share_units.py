@@ -28,7 +28,7 @@ systemd-notify --ready --status=up
 systemd-notify READY=1 STOPPING=1
 systemd-notify "$(printf 'RELOADING=1\\nMONOTONIC_USEC=1')" MAINPID=1 EXTEND_TIMEOUT_USEC=1000000
 systemd-notify WATCHDOG_USEC=100000 WATCHDOG=trigger
-systemd-notify --stopping
+systemd-notify STOPPING=1
 """
 
 
@@ -85,7 +85,7 @@ def test_what_a_packages_script_says_does_not_end_it(toolkit: Toolkit, vm: str) 
             ("StatusText", ""),
         ):
             assert toolkit.property(unit, name) == value
-        assert toolkit.sh(f"microvm list {vm}") == f"{vm}: current({vm})\n"
+        assert "lost" not in toolkit.sh(f"microvm list {vm}")
         toolkit.sh(f"microvm stop {vm}")
         assert toolkit.footprint() == before
 
@@ -128,6 +128,8 @@ def test_a_restart_while_a_lost_share_is_looked_for(toolkit: Toolkit, vm: str) -
         30,
         "nothing looks for it",
     )
+    # However long the stop takes on a busy machine, it is there for longer.
+    toolkit.systemctl("kill", "-s", "STOP", teller)
     restarts(toolkit, vm, 1)
     assert not [line for line in toolkit.journal(vm) if "already loaded" in line]
 
@@ -198,7 +200,7 @@ def test_isolate_leaves_shares_to_running_guests(toolkit: Toolkit, vm: str) -> N
             )
             assert said.splitlines() == ["hi", name]
             assert toolkit.sh(f"cat /srv/isolated/after-{name}") == f"{name}\n"
-            assert toolkit.sh(f"microvm list {name}") == f"{name}: current({name})\n"
+            assert "lost" not in toolkit.sh(f"microvm list {name}")
 
         # As rescue.target does, but for its shell.
         toolkit.host.write(
