@@ -53,23 +53,15 @@ def hand_over(
     # One may pass, to a file whose name one knows, but not look around.
     os.makedirs(os.path.dirname(directory), mode=0o711, exist_ok=True)
     os.mkdir(directory, 0o711)
-    by = trust.suspect(identity)
     for file in files:
         try:
-            weak = trust.exchangeable(file.source, by)
-            content = _content(file.source) if weak is None else b""
+            trust.refuse_exchangeable(file.source, identity, "read")
+            content = _content(file.source)
         except OSError as error:
             raise MicrovmHostError(
                 f"cannot be handed to {identity.user}, whom the VM runs as: {error.strerror}",
                 path=file.source,
             ) from error
-        if weak is not None:
-            raise MicrovmHostError(
-                f"could be exchanged by {identity.user}, whom the VM runs as, so that root would "
-                "read for them what they like",
-                path=weak,
-                hint="keep it where root alone may write",
-            )
         _write(f"{directory}/{file.name}", content, identity)
 
 

@@ -103,7 +103,7 @@ def _is_out_of_reach(source: str, by: Suspect) -> bool:
     """Whether a user can change nothing of a source while it is read."""
     try:
         status = os.stat(source)
-        if trust.exchangeable(source, by) or by.can_write(status):
+        if trust.exchangeable(source, by) or by.can_write(source, status):
             return False
     except OSError:
         # The script says that it is not there.
@@ -113,7 +113,7 @@ def _is_out_of_reach(source: str, by: Suspect) -> bool:
     # One closed directory on the way is enough. Mostly it is not the last one, whose mode becomes
     # that of the guest's own root.
     directory = os.path.realpath(source)
-    while by.can_enter(os.stat(directory)):
+    while by.can_enter(directory, os.stat(directory)):
         if directory == "/":
             return False
         directory = os.path.dirname(directory)

@@ -22,6 +22,7 @@ from . import (
     service,
     state,
     store,
+    trust,
     users,
 )
 from .build_record import Built, Looks
@@ -295,14 +296,21 @@ class _Installation:
     def carry_out(self) -> Change:
         """Do it; raises as from_source."""
         try:
+            identity = service.identity(self._name)
+            if self._is_declared:
+                trust.refuse_exchangeable(self._host.declaration(self._name), identity, "read")
             if self._source.kind == "declaration":
-                return self._from_declaration()
+                return self._from_declaration(identity)
             package = self._source.reference
             if self._source.kind == "flake":
+                _refuse_flake_of_vms_user(package, identity)
                 package = _build(self._name, package, self._host)
+            elif os.path.exists(package):
+                # Else nothing is there, and the reader says it better.
+                trust.refuse_exchangeable(package, identity, "follow")
             after = runner.load(package).path
             # Not before there is something to put there: a build may be killed.
-            self._prepare(service.identity(self._name))
+            self._prepare(identity)
             self._note_undone(after)
             self._switch(after)
         except BaseException:
@@ -312,12 +320,13 @@ class _Installation:
             _drop_build_link(self._name, self._host)
         return self._change(after)
 
-    def _from_declaration(self) -> Change:
+    def _from_declaration(self, identity: Identity) -> Change:
         name, host = self._name, self._host
         surroundings, inputs = build_record.surroundings(host), Inputs(host)
         # Under the VM's lock, so that of two at a time the second is the newer.
         plan = _plan(self._source.reference, host, self._others, inputs)
-        identity = service.identity(name)
+        for file in plan.tree.copied():
+            trust.refuse_exchangeable(file, identity, "copy")
         path = store.path_of(plan.tree, name, host)
         try:
             with store.locked(host):
@@ -442,6 +451,21 @@ def collect(host: HostPaths) -> None:
             store.collect(host)
     except MicrovmHostError:
         return
+
+
+def _refuse_flake_of_vms_user(flake: str, identity: Identity) -> None:
+    """Check a flake in a directory of the host, which nix evaluates and builds as root."""
+    path = flake.removeprefix("git+file://").removeprefix("path:").partition("?")[0]
+    if not path.startswith("/") or not os.path.isdir(path):
+        return
+    found = trust.changeable(path, trust.suspect(identity))
+    if found:
+        raise MicrovmHostError(
+            f"user {identity.user!r}, which runs this VM, can change this; refusing to build the "
+            f"flake {flake} as root",
+            path=found,
+            hint="keep the flake in a directory that only root can write",
+        )
 
 
 def _unlink(path: str) -> None:

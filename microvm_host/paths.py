@@ -50,6 +50,9 @@ OPENED = "/proc/self/fd"
 # What the kernel tells of each of these (proc_pid_fdinfo(5)).
 OPENED_FACTS = "/proc/self/fdinfo"
 
+# What is mounted where, for this process: the kernel's own as well.
+MOUNTS = "/proc/self/mountinfo"
+
 VIRTIOFSD_RUN = "bin/virtiofsd-run"
 MICROVM_BALLOON = "bin/microvm-balloon"
 MICROVM_REGISTER = "bin/microvm-register"

@@ -39,8 +39,12 @@ def identity(name: str) -> Identity:
     import pwd
 
     unit = names.unit(name)
-    user, group, is_dynamic = properties(
-        name, ("Service", "User"), ("Service", "Group"), ("Service", "DynamicUser")
+    user, group, further, is_dynamic = properties(
+        name,
+        ("Service", "User"),
+        ("Service", "Group"),
+        ("Service", "SupplementaryGroups"),
+        ("Service", "DynamicUser"),
     )
     if is_dynamic:
         raise MicrovmHostError(
@@ -56,16 +60,27 @@ def identity(name: str) -> Identity:
             hint="create the user, or mend User= in the unit's drop-in",
         ) from error
     gid = account.pw_gid
+
+    def number(group: str, key: str) -> int:
+        try:
+            return int(group) if group.isdigit() else grp.getgrnam(group).gr_gid
+        except KeyError as error:
+            raise no_group(group, key) from error
+
+    def no_group(group: str, key: str) -> MicrovmHostError:
+        return MicrovmHostError(
+            f"{unit} runs as group {group!r}, which does not exist",
+            hint=f"create the group, or correct {key}= in the unit's drop-in",
+        )
+
+    if group:
+        gid = number(group, "Group")
     try:
-        if group:
-            gid = int(group) if group.isdigit() else grp.getgrnam(group).gr_gid
         group = grp.getgrgid(gid).gr_name
     except KeyError as error:
-        raise MicrovmHostError(
-            f"{unit} runs as group {group or gid!r}, which does not exist",
-            hint="create the group, or mend Group= in the unit's drop-in",
-        ) from error
-    return Identity(account.pw_name, account.pw_uid, group, gid)
+        raise no_group(str(gid), "Group") from error
+    groups = {account.pw_gid, *(number(each, "SupplementaryGroups") for each in further)} - {gid}
+    return Identity(account.pw_name, account.pw_uid, group, gid, tuple(sorted(groups)))
 
 
 def start_timeout(name: str) -> float | None:

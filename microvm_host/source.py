@@ -47,8 +47,10 @@ def is_from_declaration(state_directory: str) -> bool:
 
 
 def _is_roots_file(status: os.stat_result) -> bool:
-    # A file with a second name was made elsewhere, to say something else.
-    return stat.S_ISREG(status.st_mode) and status.st_uid == 0 and status.st_nlink == 1
+    # A file with a second name was made elsewhere, to say something else. The group's bits are the
+    # mask of an access control list, too.
+    is_roots = status.st_uid == 0 and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return stat.S_ISREG(status.st_mode) and is_roots and status.st_nlink == 1
 
 
 @frozen

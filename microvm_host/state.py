@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import stat
-from errno import EEXIST, EISDIR
+from errno import EEXIST, EISDIR, ENODATA, EOPNOTSUPP
 
 from .errors import MicrovmHostError, PackageError
 
@@ -90,11 +90,22 @@ def prepare(name: str, gid: int, host: HostPaths) -> bool:
         was_anothers = (status.st_uid, status.st_gid) != (0, gid)
         if was_anothers:
             os.fchown(directory, 0, gid)
+            _remove_access_control_lists(directory)
         if stat.S_IMODE(status.st_mode) != DIRECTORY_MODE:
             os.fchmod(directory, DIRECTORY_MODE)
     finally:
         os.close(directory)
     return was_anothers and not is_new
+
+
+def _remove_access_control_lists(directory: int) -> None:
+    """Remove what a former owner has allowed to whom they like, also of files made from now on."""
+    for kind in ("access", "default"):
+        try:
+            os.removexattr(directory, f"system.posix_acl_{kind}")
+        except OSError as error:
+            if error.errno not in (ENODATA, EOPNOTSUPP):
+                raise
 
 
 def link(path: str, target: str) -> str | None:
@@ -114,9 +125,12 @@ def link(path: str, target: str) -> str | None:
 def write(path: str, text: str) -> str | None:
     """Make `path` a file of root's with this text at one stroke; returns and raises as link."""
     temporary = _temporary(path)
-    # Exclusively: the VM's user, who may make files here, must not have root follow a link.
-    with open(temporary, "x", encoding="utf-8") as target:
+    # Exclusively: the VM's user, who may make files here, must not have root follow a link. And by
+    # a mode that lets in nobody else, whatever the directory's access control list says of files.
+    file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with open(file, "w", encoding="utf-8") as target:
         target.write(text)
+        os.fchmod(file, 0o644)
     return _replace(temporary, path)
 
 

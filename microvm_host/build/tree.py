@@ -90,6 +90,10 @@ class Tree:
             if isinstance(entry, Copy) and not entry.is_private:
                 yield path, entry.sha256
 
+    def copied(self) -> list[str]:
+        """The files of the host that it has copies of."""
+        return [entry.source for _, entry in self.entries if isinstance(entry, Copy)]
+
     def write(
         self,
         directory: str,

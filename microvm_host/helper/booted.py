@@ -26,16 +26,28 @@ def noted(name: str, host: HostPaths, what: str) -> list[str]:
     return []
 
 
+def note_identity(noted: Record, identity: Identity) -> None:
+    """Write down whom the VM runs as."""
+    noted.append("user", identity.user, str(identity.uid), identity.group, str(identity.gid))
+    if identity.groups:
+        noted.append("groups", *map(str, identity.groups))
+
+
 def identity(name: str, host: HostPaths) -> Identity:
     """Whom the VM runs as, asked of systemd once a start."""
     from ..identity import Identity
 
-    fields = noted(name, host, "user")
+    lines = record(name, host).read()
+    # A record of an older version has no line of further groups.
+    fields, groups = (
+        next((found for verb, *found in lines if verb == wanted), [])
+        for wanted in ("user", "groups")
+    )
     if not fields:
         raise MicrovmHostError(
             f"microvm-set-booted@{name} has not run", path=record(name, host).path
         )
     match fields:
-        case [user, uid, group, gid] if names.is_number(uid) and names.is_number(gid):
-            return Identity(user, int(uid), group, int(gid))
+        case [user, uid, group, gid] if all(map(names.is_number, (uid, gid, *groups))):
+            return Identity(user, int(uid), group, int(gid), tuple(map(int, groups)))
     raise record(name, host).strange(["user", *fields])

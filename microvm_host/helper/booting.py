@@ -35,10 +35,12 @@ def set_booted(name: str, host: HostPaths) -> None:
             f"user's, `microvm adopt {name}` hands them over",
             vm=name,
         )
+    # The links on the way from `current` say which package it is. Only now is its directory root's.
+    trust.refuse_exchangeable(host.current(name), identity, "follow")
     _check_images(package, host.vm(name))
     noted = booted.record(name, host)
     noted.clear()
-    noted.append("user", identity.user, str(identity.uid), identity.group, str(identity.gid))
+    booted.note_identity(noted, identity)
     noted.append("stop-timeout", f"{service.stop_timeout(name):.6f}".replace("inf", "infinity"))
     if package.hypervisor is not None:
         noted.append("hypervisor", package.hypervisor)

@@ -376,6 +376,7 @@ def apply_signature(signature, values):
 SAYS = {
     ("Service", "User"): ("s", str(os.getuid())),
     ("Service", "Group"): ("s", ""),
+    ("Service", "SupplementaryGroups"): ("as", []),
     ("Service", "DynamicUser"): ("b", 0),
     ("Service", "TimeoutStartUSec"): ("t", 90_000_000),
     ("Service", "Restart"): ("s", "always"),

@@ -168,7 +168,10 @@ def test_root_reads_nothing_that_the_user_chose(toolkit: Toolkit, vm: str) -> No
     toolkit.host.run(["ln", "-s", "/etc/shadow", f"/var/lib/microvms/{vm}/key"], user="microvm")
     before = toolkit.footprint()
     assert toolkit.host.run(["systemctl", "start", f"microvm@{vm}"], check=False).returncode
-    assert any("could be exchanged by microvm" in line for line in toolkit.journal(vm))
+    assert any(
+        "user 'microvm', which runs this VM, can replace this" in line
+        for line in toolkit.journal(vm)
+    )
     toolkit.systemctl("reset-failed", f"microvm*{vm}*", check=False)
     toolkit.await_footprint(before)
     # And what is not there is named.

@@ -84,7 +84,7 @@ def test_what_is_not_handed_over(host: HostPaths, record: Record, root: Path, se
         (root / "fifo", "no regular file"),
         (root, "no regular file"),
         (big, "larger than 1024 KiB"),
-        (theirs / "link", "could be exchanged by microvm-web"),
+        (theirs / "link", "user 'microvm-web', which runs this VM, can replace this"),
     ):
         with pytest.raises(MicrovmHostError, match=said):
             run(host, record, str(path))

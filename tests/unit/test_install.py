@@ -233,6 +233,39 @@ def test_directories_of_the_vms_user_keep_root_from_nothing(
     assert f"{host.vm('web')}/runner: the VM's user made a directory here" in said
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives away directories")
+def test_what_the_vms_user_chose_is_not_followed(
+    host: HostPaths, one: str, two: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They run their VM by a package of root's, and could choose another of root's."""
+    eve = Identity("eve-who-is-not-there", 61002, "eve", 61003, (61004,))
+    monkeypatch.setattr(service, "identity", lambda name: eve)
+    for each in Path(host.root).resolve().parents:
+        if each.stat().st_mode & 0o022 and not each.stat().st_mode & 0o1000:
+            pytest.skip(f"everybody may write to {each}")
+    os.chmod(host.root, 0o755)
+    theirs = Path(host.at("/theirs"))
+    theirs.mkdir()
+    os.symlink(one, theirs / "result")
+    (theirs / "flake.nix").write_text("{}")
+    install.create("web", Source("runner", str(theirs / "result")), host)
+    for uid, gid, mode in ((61002, 0, 0o755), (0, 61003, 0o775), (0, 61004, 0o770)):
+        os.chown(theirs, uid, gid)
+        theirs.chmod(mode)
+        with pytest.raises(MicrovmHostError, match="can replace this; refusing to follow it"):
+            install.from_source("web", Source("runner", str(theirs / "result")), host)
+        for flake in (f"{theirs}", f"path:{theirs}", f"git+file://{theirs}?ref=main"):
+            with pytest.raises(MicrovmHostError, match="refusing to build the flake"):
+                install.from_source("web", Source("flake", flake), host)
+        assert os.readlink(host.current("web")) == one
+    os.makedirs(host.declarations, exist_ok=True)
+    (theirs / "web.toml").write_text(f'runner = "{two}"\n')
+    os.symlink(theirs / "web.toml", host.declaration("web"))
+    with pytest.raises(MicrovmHostError, match="can replace this; refusing to read"):
+        install.update("web", host)
+    assert os.readlink(host.current("web")) == one
+
+
 # ---- from a flake
 
 

@@ -31,8 +31,11 @@ def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeSys
     fake.close()
 
 
-def runs_as(systemd: FakeSystemd, user: str, group: str, *, is_dynamic: bool = False) -> None:
+def runs_as(
+    systemd: FakeSystemd, user: str, group: str, *further: str, is_dynamic: bool = False
+) -> None:
     systemd.properties |= {
+        ("Service", "SupplementaryGroups"): ("as", list(further)),
         ("Service", "User"): ("s", user),
         ("Service", "Group"): ("s", group),
         ("Service", "DynamicUser"): ("b", int(is_dynamic)),
@@ -46,6 +49,20 @@ def test_identity(systemd: FakeSystemd, user: str, group: str) -> None:
     found = Identity(ME.pw_name, ME.pw_uid, MINE.gr_name, MINE.gr_gid)
     assert service.identity("web") == found
     assert {path for path, _, _ in systemd.asked} == {UNIT}
+
+
+def test_further_groups(systemd: FakeSystemd) -> None:
+    other = next(each for each in grp.getgrall() if each.gr_gid not in (ME.pw_gid, 0))
+    number = max(each.gr_gid for each in grp.getgrall() if each.gr_gid < 60000) + 1
+    runs_as(systemd, ME.pw_name, other.gr_name, other.gr_name, str(number))
+    found = service.identity("web")
+    # The group of the user's passwd entry is among them where Group= names another.
+    assert found.gid == other.gr_gid
+    assert found.groups == tuple(sorted({ME.pw_gid, number}))
+    runs_as(systemd, ME.pw_name, "", "no-such-group")
+    with pytest.raises(MicrovmHostError, match="'no-such-group', which does not exist") as caught:
+        service.identity("web")
+    assert "SupplementaryGroups=" in caught.value.hint
 
 
 def test_no_user_is_root(systemd: FakeSystemd) -> None:

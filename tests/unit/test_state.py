@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import os
 import stat
+import struct
 from pathlib import Path
 
 import pytest
 
-from microvm_host import state
+from microvm_host import source, state
 from microvm_host.errors import MicrovmHostError, PackageError
 from microvm_host.paths import HostPaths
 
@@ -39,6 +40,30 @@ def test_link_does_not_replace_a_directory(tmp_path: Path) -> None:
     with pytest.raises(MicrovmHostError, match="cannot be replaced"):
         state.link(str(tmp_path / "current"), "/a")
     assert os.listdir(tmp_path) == ["current"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives away directories")
+def test_prepare_removes_what_a_former_owner_allowed(host: HostPaths) -> None:
+    """A list for files made later would have their user write to root's notes."""
+    directory = host.vm("web")
+    os.mkdir(directory)
+    entries = ((1, 7, -1), (2, 7, 61002), (4, 5, -1), (16, 7, -1), (32, 7, -1))
+    value = struct.pack("<I", 2) + b"".join(struct.pack("<HHi", *entry) for entry in entries)
+    try:
+        for kind in ("access", "default"):
+            os.setxattr(directory, f"system.posix_acl_{kind}", value)
+    except OSError as error:
+        pytest.skip(f"the file system of the tests has no access control lists: {error}")
+    # Even before they are removed, and whatever the umask.
+    note = f"{directory}/runner"
+    state.write(note, "/srv/package\n")
+    assert stat.S_IMODE(os.stat(note).st_mode) == 0o644
+    assert source.remembered(directory) == source.Source("runner", "/srv/package")
+    os.chmod(note, 0o664)
+    assert source.remembered(directory) is None
+    os.chown(directory, 61002, 61003)
+    state.prepare("web", 61003, host)
+    assert not [each for each in os.listxattr(directory) if "posix_acl" in each]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="makes a directory of another user's")
