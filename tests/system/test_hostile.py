@@ -115,6 +115,11 @@ def arena(toolkit: Toolkit, vm: str) -> Iterator[Arena]:
     toolkit.sh(f"rm -rf {PROTECTED} {DIRECTORY}; systemctl reset-failed", check=False)
 
 
+def uid(arena: Arena) -> str:
+    """The number of the VM's user."""
+    return arena.toolkit.sh(f"id -u {EVE}").strip()
+
+
 def data(**fields: object) -> tuple[Share, ...]:
     """One share of a directory of root's."""
     return (Share(**{"tag": "data", "source": "/srv/data", **fields}),)  # type: ignore[arg-type]
@@ -251,6 +256,28 @@ def test_notes_of_eves_are_not_believed(arena: Arena) -> None:
     arena.toolkit.sh(f"rm {arena.state}-note")
 
 
+def test_an_access_control_list_from_when_the_directory_was_eves(arena: Arena) -> None:
+    """Root's note says where the next package comes from; eve would write to it."""
+    toolkit, state = arena.toolkit, arena.state
+    path = toolkit.put(Stub(name=arena.vm))
+    toolkit.link(arena.vm, path)
+    # As under microvm.nix, whose users are told to.
+    toolkit.sh(f"chown {EVE} {state}")
+    code = (
+        "import os, struct; e = [(1, 7, -1), (2, 7, os.getuid()), (4, 7, -1), (16, 7, -1), "
+        "(32, 7, -1)]; v = struct.pack('<I', 2) + b''.join(struct.pack('<HHi', *a) for a in e); "
+        f"[os.setxattr('{state}', f'system.posix_acl_{{k}}', v) for k in ('access', 'default')]"
+    )
+    arena.eve(f'python3 -c "{code}"')
+    assert not arena.start()
+    toolkit.host.write(f"/etc/microvms/{arena.vm}.toml", f'runner = "{path}"\n')
+    toolkit.host.run(["microvm", "update", arena.vm])
+    toolkit.sh(f"rm /etc/microvms/{arena.vm}.toml*")
+    assert "ermission denied" in arena.eve("echo /opt/evil >runner", check=False)
+    assert toolkit.sh(f"cat {state}/runner").strip() == path
+    arena.stop()
+
+
 def test_a_package_that_eve_could_change(arena: Arena) -> None:
     """Its files say what root exports, and to whom it gives which interface."""
     package = Stub(name=arena.vm, taps=(Tap(name="evil0", mac="02:00:00:00:00:01"),))
@@ -258,7 +285,7 @@ def test_a_package_that_eve_could_change(arena: Arena) -> None:
     for part in ("", "/share/microvm", "/share/microvm/tap-interfaces"):
         arena.toolkit.sh(f"chown -R root: /opt/hers; chown {EVE} /opt/hers{part}")
         arena.toolkit.link(arena.vm, "/opt/hers")
-        assert f"could be changed by {EVE}" in arena.start(), part
+        assert f"user '{EVE}', which runs this VM, can change this" in arena.start(), part
         assert not arena.toolkit.host.exists("/sys/class/net/evil0")
     arena.toolkit.sh("chown -R root: /opt/hers")
     assert not arena.start()
@@ -473,6 +500,93 @@ def test_a_source_of_roots_is_served_as_root(arena: Arena) -> None:
     assert not arena.start()
     found = virtiofsd_of(arena, "hello")
     assert "runs as root" in found, found
+
+
+GRANTS = {
+    "the unit's further groups": "chgrp lent /srv/lent; chmod 775 /srv/lent",
+    "a list that names the user": "grant 2 $(id -u microvm)",
+    "a list that names a group": "grant 8 $(getent group lent | cut -d: -f3)",
+    "a group in a sticky directory": "chgrp lent /srv/lent; chmod 1775 /srv/lent; "
+    "chown microvm /srv/lent/data",
+}
+# setfacl is not everywhere; linux/posix_acl_xattr.h.
+_GRANT = """\
+grant() { python3 -c '
+import os, struct, sys
+named = (int(sys.argv[1]), 7, int(sys.argv[2]))
+entries = sorted([(1, 7, -1), (4, 5, -1), (16, 7, -1), (32, 5, -1), named])
+value = struct.pack("<I", 2) + b"".join(struct.pack("<HHi", *entry) for entry in entries)
+os.setxattr("/srv/lent", "system.posix_acl_access", value)' "$@"; }
+"""
+
+
+@pytest.mark.parametrize("grant", GRANTS)
+def test_a_source_in_a_directory_that_was_lent(arena: Arena, grant: str) -> None:
+    """The right to write there is the VM's by its unit, or by an access control list."""
+    toolkit, vm = arena.toolkit, arena.vm
+    toolkit.sh(
+        f"{_GRANT} groupadd -f lent; rm -rf /srv/lent; mkdir -p /srv/lent/data; {GRANTS[grant]}"
+    )
+    toolkit.host.write(
+        f"/etc/systemd/system/microvm@{vm}.service.d/lent.conf",
+        "[Service]\nSupplementaryGroups=lent\n",
+    )
+    toolkit.systemctl("daemon-reload")
+    arena.make(shares=data(source="/srv/lent/data", socket="vm.sock"))
+    assert not arena.start()
+    # It is true: what runs in the unit can do it.
+    line = ["setpriv", f"--reuid={EVE}", f"--regid={EVE}", "--groups", "lent", "sh", "-c"]
+    toolkit.host.run([*line, "mv /srv/lent/data /srv/lent/old && ln -s /root /srv/lent/data"])
+    assert toolkit.property(f"microvm-virtiofsd-{vm}-data.service", "User") == uid(arena)
+    arena.stop()
+    toolkit.sh("rm /srv/lent/data && mv /srv/lent/old /srv/lent/data")
+    own_script(arena, source="/srv/lent/data")
+    assert "would export as root" in arena.start()
+    toolkit.sh("rm -r /srv/lent; groupdel lent")
+
+
+def test_a_link_on_the_way_from_current(arena: Arena) -> None:
+    """Another package of root's than the one that root chose: of another VM, or from a store."""
+    toolkit = arena.toolkit
+    mine = toolkit.put(Stub(name=arena.vm))
+    other = toolkit.put(Stub(name=arena.vm, shares=data(socket="vm.sock")), "/opt/others")
+    toolkit.sh(f"rm -rf /srv/hers; mkdir /srv/hers; ln -s {mine} /srv/hers/result")
+    toolkit.link(arena.vm, "/srv/hers/result")
+    assert not arena.start()
+    arena.stop()
+    toolkit.sh(f"chown {EVE} /srv/hers")
+    arena.eve(f"ln -sfn {other} /srv/hers/result")
+    said = arena.start()
+    assert f"/srv/hers/result: user '{EVE}', which runs this VM, can replace this" in said
+    for argv in (["create", f"{arena.vm}c"], ["create", f"{arena.vm}c", "--user", EVE]):
+        line = ["microvm", *argv, "--runner", "/srv/hers/result"]
+        assert "can replace this" in toolkit.host.run(line, check=False).stderr
+        assert not toolkit.host.exists(f"/var/lib/microvms/{arena.vm}c")
+    toolkit.sh("rm -r /srv/hers")
+
+
+@pytest.mark.parametrize("key", ["kernel", "initrd"])
+def test_a_kernel_that_leads_to_what_root_alone_reads(arena: Arena, key: str) -> None:
+    """Root copies both into the package, where the VM's group may read them."""
+    toolkit, vm = arena.toolkit, arena.vm
+    toolkit.sh(
+        f"rm -rf /srv/hers; mkdir /srv/hers; chown {EVE} /srv/hers; "
+        f"cp {IMAGE}/vmlinuz /root/kernel; echo 'the secret of root' >/root/initrd; "
+        "chmod 600 /root/kernel /root/initrd"
+    )
+    arena.toolkit.host.run(["ln", "-s", f"/root/{key}", f"/srv/hers/{key}"], user=EVE)
+    files = {"kernel": f"{IMAGE}/vmlinuz", key: f"/srv/hers/{key}"}
+    lines = "".join(f'{name} = "{path}"\n' for name, path in files.items())
+    toolkit.host.write(f"/etc/microvms/{vm}.toml", f"autostart = false\nmem = 256\n{lines}")
+    said = toolkit.host.run(["microvm", "apply"], check=False).stderr
+    assert f"/srv/hers/{key}: user '{EVE}', which runs this VM, can replace this" in said
+    packages = "/var/lib/microvm-host/packages"
+    assert toolkit.sh(f"ls -d {packages}/*-{vm} 2>/dev/null", check=False) == ""
+    toolkit.sh("rm -r /srv/hers /root/kernel /root/initrd")
+
+
+def EVE_ID(arena: Arena) -> str:
+    return arena.toolkit.sh(f"id -u {EVE}").strip()
 
 
 def own_script(arena: Arena, **fields: object) -> None:
@@ -763,6 +877,109 @@ while True:
             except OSError:
                 pass
 """
+
+
+LOCK = """
+import fcntl, os, signal, time
+held = []
+for directory, _, files in os.walk("/run"):
+    if "microvm-host" in directory or directory == "/run":
+        for name in [".", *files]:
+            if directory != "/run" or "microvm" in name:
+                try:
+                    file = os.open(f"{directory}/{name}", os.O_RDONLY | os.O_NONBLOCK)
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    held.append(file)
+                except OSError:
+                    pass
+# Whoever opens one of these waits 45 s for us to let go of it (fcntl(2), F_SETLEASE).
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGIO})
+for name in ("disk.img", "events", "flake", "declared"):
+    file = os.open(name, os.O_RDONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_RDLCK if name == "disk.img" else fcntl.F_WRLCK)
+    held.append(file)
+print("go", len(held), flush=True)
+while True:
+    time.sleep(1)
+"""
+
+
+def test_locks_and_leases_on_what_root_opens(arena: Arena) -> None:
+    """Root waits for nobody who holds a file of theirs, or one of root's that all may read."""
+    toolkit = arena.toolkit
+    arena.make(event_log="events", shares=data(socket="vm.sock"))
+    assert not arena.start()
+    toolkit.host.write("/opt/packages/lock.py", LOCK)
+    line = f"cd {arena.state} && exec python3 /opt/packages/lock.py"
+    holder = toolkit.host.spawn(["bash", "-c", line], user=EVE)
+    try:
+        assert holder.stdout is not None and holder.stdout.readline().startswith("go ")
+        began = time.monotonic()
+        for argv in (
+            ["microvm", "-l"],
+            ["microvm", "status", arena.vm],
+            ["microvm", "stop", arena.vm],
+            ["microvm", "update", arena.vm],
+            ["microvm", "start", arena.vm],
+            ["microvm", "stop", arena.vm],
+            ["microvm", "adopt", arena.vm],
+            ["microvm", "remove", "--yes", arena.vm],
+        ):
+            toolkit.host.run(argv, check=False, timeout=60)
+        assert time.monotonic() - began < 30
+        assert not toolkit.host.exists(arena.state)
+        assert holder.poll() is None
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
+def test_names_that_command_a_terminal(arena: Arena) -> None:
+    """What eve calls her files is printed by root in what becomes of them."""
+    arena.make()
+    assert not arena.start()
+    code = (
+        "import os, socket; e = chr(27) + '[2J' + chr(10) + 'microvm: all is well'; "
+        "os.mkdir(e + 'd'); open(e + 'd/' + e, 'w'); os.symlink(e, e + 'l'); os.mkfifo(e + 'f'); "
+        "socket.socket(socket.AF_UNIX).bind(e + 's'); os.mkdir('declared' + e)"
+    )
+    arena.eve(f'python3 -c "{code}"')
+    vm = arena.vm
+    said = ""
+    for argv in (
+        ["-l"],
+        ["list", "--json"],
+        ["status", vm],
+        ["stop", vm],
+        ["adopt", vm, "--user", "auto", "--from", EVE],
+        ["reconcile"],
+        ["start", vm],
+        ["stop", vm],
+        ["remove", "--yes", vm],
+    ):
+        done = arena.toolkit.host.run(["microvm", *argv], check=False)
+        said += done.stdout + done.stderr
+    # systemctl and journalctl colour nothing that is no terminal.
+    assert "\033" not in said, said
+    assert not any(line.startswith("microvm: all is well") for line in said.splitlines())
+    assert not arena.toolkit.host.exists(arena.state)
+
+
+def test_the_terminal_of_who_resizes_a_balloon(arena: Arena) -> None:
+    """The package's script runs as the VM's user, who can trace it and type in its terminal."""
+    toolkit = arena.toolkit
+    path = toolkit.put(Stub(name=arena.vm))
+    toolkit.host.write(
+        f"{path}/bin/microvm-balloon",
+        "#!/bin/sh\nif (: <>/dev/tty) 2>/dev/null; then touch has-a-terminal; fi\ntouch has-run\n",
+    )
+    toolkit.sh(f"chmod 755 {path}/bin/microvm-balloon")
+    toolkit.host.run(["microvm", "create", arena.vm, "--runner", path])
+    assert not arena.start()
+    argv = ["script", "-qec", f"microvm balloon {arena.vm} 64", "/dev/null"]
+    said = toolkit.host.run(argv, check=False).stdout
+    assert toolkit.host.exists(f"{arena.state}/has-run"), said
+    assert not toolkit.host.exists(f"{arena.state}/has-a-terminal")
 
 
 def test_speaking_in_the_name_of_another_vm(arena: Arena) -> None:
