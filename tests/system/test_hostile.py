@@ -414,7 +414,7 @@ for _ in range(int(rounds)):
     os.makedirs(f"/run/microvm-host/{vm}", exist_ok=True)
     with open(f"/run/microvm-host/{vm}/virtiofsd", "x") as record:
         record.writelines(f"socket\\t{os.getcwd()}/run/{socket}\\n" for socket in sockets)
-    subprocess.run(["/usr/local/lib/microvm-host/helper", "virtiofsd-down", vm], check=True)
+    subprocess.run(["/usr/local/libexec/microvm-host/helper", "virtiofsd-down", vm], check=True)
 """
 
 
@@ -540,7 +540,8 @@ def test_a_source_in_a_directory_that_was_lent(arena: Arena, grant: str) -> None
     assert toolkit.property(f"microvm-virtiofsd-{vm}-data.service", "User") == uid(arena)
     arena.stop()
     toolkit.sh("rm /srv/lent/data && mv /srv/lent/old /srv/lent/data")
-    own_script(arena, source="/srv/lent/data")
+    shares = data(source="/srv/lent/data", socket="vm.sock")
+    toolkit.put(Stub(name=vm, shares=shares, share_options=False, virtiofsd_run=True))
     assert "would export as root" in arena.start()
     toolkit.sh("rm -r /srv/lent; groupdel lent")
 
