@@ -94,7 +94,7 @@ def test_nothing_is_left_to_be_filled_in(tree: Path) -> None:
 def test_programs_start(tree: Path) -> None:
     for name, arguments in (
         ("usr/bin/microvm", ["-x"]),
-        ("usr/lib/microvm-host/helper", []),
+        ("usr/libexec/microvm-host/helper", []),
         ("usr/lib/systemd/system-generators/microvm-generator", []),
     ):
         # As they are, but for the place that they are in here.
@@ -107,6 +107,72 @@ def test_programs_start(tree: Path) -> None:
         # Called wrongly, all three say how they are to be called.
         assert done.returncode == 2, done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_nothing_that_systemd_runs_lies_below_lib(tree: Path) -> None:
+    """SELinux's policies let init run no program there (lib_t), but below libexec (bin_t)."""
+    found = 0
+    for unit in (tree / "usr/lib/systemd/system").iterdir():
+        for line in unit.read_text().splitlines():
+            if line.startswith("Exec"):
+                assert line.partition("=")[2].lstrip("+-!").startswith("/usr/libexec/"), line
+                found += 1
+    assert found > 10
+
+
+@pytest.mark.parametrize(
+    ("version", "works"), [("3, 10, 9", False), ("3, 11, 0", True), ("4, 0", True)]
+)
+def test_an_old_python_is_refused_before_anything_is_there(
+    tmp_path: Path, version: str, works: bool
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\n[ "$1" = -c ] || exit 0\n'
+        f'exec {sys.executable} -c "import sys; sys.version_info = ({version}); $2"\n'
+    )
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["make", "install", f"DESTDIR={tmp_path}/x", f"PYTHON={python}"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode == 0) == works, done.stderr
+    # Nothing is echoed, and nothing is half there.
+    assert done.stdout == ""
+    if not works:
+        assert (
+            "is missing, or older than 3.11: PYTHON=/path/to/python3 names another" in done.stderr
+        )
+        assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("version", "works"),
+    [
+        ("systemd 251 (251.4-1)", False),
+        ("", False),
+        ("systemd 252 (252.39-1~deb12u1)", True),
+        ("systemd 258~rc1 (258~rc1-1)", True),
+    ],
+)
+def test_an_old_systemd_is_refused(tmp_path: Path, version: str, works: bool) -> None:
+    systemctl = tmp_path / "systemctl"
+    systemctl.write_text(f"#!/bin/sh\necho '{version}'\n")
+    systemctl.chmod(0o755)
+    done = subprocess.run(
+        ["make", "check-host", f"PYTHON={sys.executable}"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+    )
+    assert ("252 or newer is needed" in done.stderr) == (not works)
+    if works and os.geteuid() != 0:
+        assert "needs root: sudo make install" in done.stderr
+    else:
+        assert (done.returncode == 0) == works
 
 
 def test_ssh_is_led_to_the_installed_proxy(tree: Path) -> None:
@@ -128,13 +194,14 @@ def test_settings_are_honoured(tmp_path: Path) -> None:
         tmp_path,
         "PREFIX=/opt/x",
         "unitdir=/lib/systemd/system",
-        "pkgdir=/opt/x/libexec/mvh",
+        "pkgdir=/opt/x/share/mvh",
+        "helperdir=/opt/x/libexec/mvh",
         "mandir=/opt/x/man",
     )
     unit = (tmp_path / "lib/systemd/system/microvm@.service").read_text()
     assert "ExecStart=/opt/x/libexec/mvh/helper start %i" in unit
     assert "WorkingDirectory=/var/lib/microvms/%i" in unit
-    assert '"/opt/x/libexec/mvh"' in (tmp_path / "opt/x/bin/microvm").read_text()
+    assert '"/opt/x/share/mvh"' in (tmp_path / "opt/x/bin/microvm").read_text()
     generator = tmp_path / "opt/x/lib/systemd/system-generators/microvm-generator"
     assert '"/lib/systemd/system"' in generator.read_text()
     assert (tmp_path / "opt/x/man/man8/microvm.8").is_file()
@@ -150,6 +217,7 @@ def test_uninstall_leaves_no_file(tmp_path: Path) -> None:
         path.write_text("")
     make("uninstall", tmp_path, "PREFIX=/usr")
     assert files(tmp_path) == sorted([*others, *kept])
-    assert not (tmp_path / "usr/lib/microvm-host").exists()
+    for directory in ("usr/lib/microvm-host", "usr/libexec/microvm-host"):
+        assert not (tmp_path / directory).exists()
     # Once more: there is nothing to remove, which is no failure.
     make("uninstall", tmp_path, "PREFIX=/usr")

@@ -106,7 +106,7 @@ class Shooting:
 def shooting(toolkit: Toolkit, verb: str) -> Iterator[Shooting]:
     """Put the script in the way of a verb's helper."""
     unit, setting = _CALLED_BY[verb]
-    helper = "/usr/local/lib/microvm-host/helper"
+    helper = "/usr/local/libexec/microvm-host/helper"
     directory = f"/run/systemd/system/{unit}.service.d"
     # There may be another verb that is shot at the same time.
     toolkit.sh(f"mkdir -p -m 777 {_PLACE}; rm -f {_PLACE}/{verb} {_PLACE}/shot")

@@ -182,7 +182,13 @@ def test_uninstalling_leaves_vms_alone_and_removes_all_else(fresh: Toolkit) -> N
     assert refused.returncode != 0
     assert "microVMs are running" in refused.stderr
     host.run(["microvm", "stop", "kept"])
-    host.run(["make", "-C", "/usr/src/microvm-host", "uninstall"])
+    said = host.run(["make", "-s", "-C", "/usr/src/microvm-host", "uninstall"]).stdout
+    assert said.splitlines() == [
+        "microvm-host is removed from below /usr/local.",
+        "Kept: /var/lib/microvms",
+        "Kept: /etc/microvms",
+        "Kept: the user microvm, and microvm-NAME of each VM that had a user of its own.",
+    ]
     left = fresh.sh(
         "find / -xdev -ignore_readdir_race -name '*microvm*' -not -path '/proc/*' "
         "-not -path '/usr/src/*' -not -path '/opt/*' -not -path '/var/log/*' -not -path '/sys/*' "
@@ -195,3 +201,42 @@ def test_uninstalling_leaves_vms_alone_and_removes_all_else(fresh: Toolkit) -> N
     # And back again, with the VMs as they were.
     fresh.install()
     fresh.systemctl("start", "microvm@kept")
+
+
+# Each step of an install looks whether the command works that is there so far.
+_LOOK = """\
+#!/bin/sh
+install "$@" && { microvm -l >/tmp/said 2>&1 || echo "after $*: $(cat /tmp/said)" >>/tmp/broken; }
+"""
+
+
+def test_replacing_the_toolkit_breaks_nobody_who_starts_meanwhile(fresh: Toolkit) -> None:
+    host, newer = fresh.host, "/usr/src/microvm-host.newer"
+    host.write("/usr/local/bin/look", _LOOK)
+    # In the newer one another name for what nearly all modules import from the first of them.
+    fresh.sh(
+        f"chmod 755 /usr/local/bin/look; rm -f /tmp/broken; cp -r /usr/src/microvm-host {newer}; "
+        f"cd {newer} && grep -rl EXIT_USAGE microvm_host | xargs sed -i 's/EXIT_USAGE/EXIT_2/g'"
+    )
+    for source in (newer, "/usr/src/microvm-host"):
+        done = host.run(["make", "-s", "-C", source, "install", "INSTALL=look"])
+        assert not host.exists("/tmp/broken"), host.read("/tmp/broken")
+        assert done.stdout.startswith("microvm-host is installed below /usr/local.\nNext: ")
+        assert done.stderr == "", done.stderr
+    # The tree before is there for who runs from it; those before that are not.
+    assert len(fresh.sh("ls -d /usr/local/lib/microvm-host-*").split()) == 2
+    fresh.sh(f"rm -r {newer} /usr/local/bin/look")
+
+
+def test_a_prefix_that_systemd_does_not_see_in_time(fresh: Toolkit) -> None:
+    make = ["make", "-s", "-C", "/usr/src/microvm-host", "PREFIX=/opt/prefix"]
+    fresh.sh("mkdir /opt/prefix && mount -t tmpfs tmpfs /opt/prefix")
+    try:
+        said = fresh.host.run([*make, "install"]).stderr
+        assert "/opt/prefix/lib/systemd/system lies on /opt/prefix, which is mounted after" in said
+        assert "Install with PREFIX=/usr" in said
+        fresh.host.run([*make, "uninstall"])
+        assert fresh.sh("find /opt/prefix -type f -o -type l") == ""
+    finally:
+        fresh.sh("umount /opt/prefix && rmdir /opt/prefix")
+        fresh.install()

@@ -184,7 +184,7 @@ def take_away(machine: Toolkit, name: str) -> None:
     )
 
 
-HELPER = "/usr/local/lib/microvm-host/helper"
+HELPER = "/usr/local/libexec/microvm-host/helper"
 
 _numbers = itertools.count(1)
 
