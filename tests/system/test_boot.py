@@ -216,7 +216,8 @@ def test_replacing_the_toolkit_breaks_nobody_who_starts_meanwhile(fresh: Toolkit
     # In the newer one another name for what nearly all modules import from the first of them.
     fresh.sh(
         f"chmod 755 /usr/local/bin/look; rm -f /tmp/broken; cp -r /usr/src/microvm-host {newer}; "
-        f"cd {newer} && grep -rl EXIT_USAGE microvm_host | xargs sed -i 's/EXIT_USAGE/EXIT_2/g'"
+        f"cd {newer} && grep -rl MicrovmHostError microvm_host | "
+        "xargs sed -i 's/MicrovmHostError/OtherError/g'"
     )
     for source in (newer, "/usr/src/microvm-host"):
         done = host.run(["make", "-s", "-C", source, "install", "INSTALL=look"])
