@@ -221,9 +221,9 @@ format:
 	$(IN_TOOLS) $$tools/bin/ruff check --no-cache -q --fix $(CODE)
 	$(IN_TOOLS) $$tools/bin/ruff format --no-cache -q $(CODE)
 
-# Two at a time, by the kinds that tests/conftest.py has.
+# Three at a time, by the parts that tests/conftest.py has: one of them waits for something.
 test: check
-	$(IN_TOOLS) $(AS_ROOT) $(PYTEST) -n 2 --dist loadscope --durations=20 \
+	$(IN_TOOLS) $(AS_ROOT) $(PYTEST) -n 3 --dist loadscope --no-loadscope-reorder --durations=20 \
 		tests/guest tests/host tests/system
 
 # -s, since it tells how far it is.

@@ -1,34 +1,46 @@
 # SPDX-License-Identifier: MIT
-"""Which tests `make test` runs beside each other: those in virtual hosts, and all others.
+"""Which tests `make test` runs beside each other.
 
-Each kind keeps a processor busy, and takes about as long as the other. More processes would not do:
-each boots hosts of its own, and several container hosts must not start from one cgroup.
+A process takes one part after the other: the tests of one file in one suite. Each process keeps
+the container hosts that it has booted, one a suite. The virtual hosts come first, since their parts
+take longest.
 """
 
 from __future__ import annotations
+
+import re
 
 import pytest
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
-
-def _kind(nodeid: str) -> str:
-    # Who hands out the tests knows no more of them than this.
-    return "virtual" if "virtual" in nodeid else "others"
+_SUITE = re.compile(r"\[.*\b(bookworm|sid)\b.*\]")
 
 
-class _ByKind(LoadScopeScheduling):  # type: ignore[misc]
-    """Gives each kind to one process.
+def _is_virtual(nodeid: str) -> bool:
+    # The process that hands out the tests knows no more of them than this.
+    return "virtual" in nodeid
+
+
+def _part(nodeid: str) -> str:
+    path, _, name = nodeid.partition("::")
+    suite = _SUITE.search(name)
+    kind = "virtual" if _is_virtual(nodeid) else "container"
+    return f"{path} {kind} {suite[1] if suite else 'trixie'}"
+
+
+class _ByPart(LoadScopeScheduling):  # type: ignore[misc]
+    """Gives each part to one process.
 
     Not xdist's own groups (`--dist loadgroup`), which xdist 3.8 silently loses with pytest 9.2.
     """
 
     def _split_scope(self, nodeid: str) -> str:
-        return _kind(nodeid)
+        return _part(nodeid)
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> _ByKind | None:
-    return _ByKind(config, log) if config.getvalue("dist") == "loadscope" else None
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> _ByPart | None:
+    return _ByPart(config, log) if config.getvalue("dist") == "loadscope" else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -36,8 +48,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.nodeid.startswith("tests/unit/"):
             continue
         is_virtual = item.get_closest_marker("virtual") is not None
-        if is_virtual != (_kind(item.nodeid) == "virtual"):
+        if is_virtual != _is_virtual(item.nodeid):
             raise pytest.UsageError(
                 f"{item.nodeid}: `virtual` stands in the names of tests in virtual hosts, and in "
                 "no others"
             )
+    items.sort(key=lambda item: not _is_virtual(item.nodeid))

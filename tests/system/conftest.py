@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 from collections.abc import Iterator
@@ -27,14 +28,32 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="session")
-def toolkit(request: pytest.FixtureRequest) -> Iterator[Toolkit]:
-    """A container host of the suite, with the toolkit installed and the guest's image built."""
-    require_container()
-    with ContainerHost(request.param) as host:
-        toolkit = Toolkit(host)
+def toolkits() -> Iterator[dict[str, Toolkit]]:
+    """The container hosts that were booted so far, by suite."""
+    with contextlib.ExitStack() as hosts:
+        yield _Toolkits(hosts)
+
+
+class _Toolkits(dict[str, Toolkit]):
+    """Boots a host at the first look, installs the toolkit, and builds the guest's image."""
+
+    def __init__(self, hosts: contextlib.ExitStack) -> None:
+        super().__init__()
+        self._hosts = hosts
+
+    def __missing__(self, suite: str) -> Toolkit:
+        require_container()
+        toolkit = Toolkit(self._hosts.enter_context(ContainerHost(suite)))
         toolkit.install()
         toolkit.build_image()
-        yield toolkit
+        self[suite] = toolkit
+        return toolkit
+
+
+@pytest.fixture(scope="session")
+def toolkit(request: pytest.FixtureRequest, toolkits: dict[str, Toolkit]) -> Toolkit:
+    """A container host of the suite, with the toolkit installed and the guest's image built."""
+    return toolkits[request.param]
 
 
 _numbers = itertools.count(1)

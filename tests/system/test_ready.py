@@ -14,12 +14,13 @@ import pytest
 
 from tests.guest.package import Stub, Tap
 
+from .rounds import rounds
 from .toolkit import Toolkit, eventually
 from .vms import declare, saying
 
 pytestmark = pytest.mark.container
 
-STARTS = 200
+STARTS = rounds(40, 200)
 AT_ONCE = 4
 
 
@@ -269,6 +270,7 @@ def test_the_administrator_has_a_guest_waited_for(toolkit: Toolkit, vm: str) -> 
     assert any("the guest is ready after" in line for line in toolkit.journal(vm))
 
 
+@pytest.mark.fault
 def test_no_ready_is_lost(toolkit: Toolkit, vm: str) -> None:
     """Guests that say it as early as can be, before the hypervisor has even been executed."""
     names = [f"{vm}-{number}" for number in range(AT_ONCE)]
