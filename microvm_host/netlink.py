@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Links made and deleted by rtnetlink(7).
 
-The messages are packed here, because importing pyroute2 takes a tenth of a second.
+Macvtaps, which are rare and need more of netlink, are made by pyroute2. Messages that delete links
+are packed here: each stop of a VM with a tap sends one, and importing pyroute2 takes a tenth of a
+second.
 """
 
 from __future__ import annotations
@@ -11,16 +13,17 @@ import struct
 from _socket import AF_NETLINK, SOCK_CLOEXEC, SOCK_RAW, socket
 from errno import ENODEV
 
+from .errors import MicrovmHostError
+from .interpreter import add_distribution_packages
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Collection
 
 # linux/rtnetlink.h, linux/netlink.h, linux/if_link.h
-RTM_NEWLINK, RTM_DELLINK, RTM_SETLINK = 16, 17, 19
-NLM_F_REQUEST, NLM_F_ACK, NLM_F_EXCL, NLM_F_CREATE = 0x1, 0x4, 0x200, 0x400
-IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINK, IFLA_LINKINFO, IFLA_GROUP = 1, 3, 4, 5, 18, 27
-IFLA_INFO_KIND, IFLA_INFO_DATA, IFLA_MACVLAN_MODE = 1, 2, 1
-_MACVLAN_MODES = {"private": 1, "vepa": 2, "bridge": 4, "passthru": 8, "source": 16}
+RTM_DELLINK, RTM_SETLINK = 17, 19
+NLM_F_REQUEST, NLM_F_ACK = 0x1, 0x4
+IFLA_GROUP = 27
 
 
 def create_macvtap(
@@ -34,21 +37,31 @@ def create_macvtap(
 
     Raises:
         OSError: the kernel refuses; FileExistsError if the name is taken, EBUSY if the index is.
+        MicrovmHostError: pyroute2 is missing.
     """
-    data = _attribute(IFLA_MACVLAN_MODE, struct.pack("=I", _MACVLAN_MODES[mode]))
-    kind = _attribute(IFLA_INFO_KIND, b"macvtap") + _attribute(IFLA_INFO_DATA, data)
-    attributes = (
-        _attribute(IFLA_IFNAME, name.encode() + b"\0")
-        + _attribute(IFLA_LINK, struct.pack("=I", link))
-        + _attribute(IFLA_ADDRESS, bytes.fromhex(mac.replace(":", "")))
-        + (_attribute(IFLA_MTU, struct.pack("=I", mtu)) if mtu is not None else b"")
-        + _attribute(IFLA_LINKINFO, kind)
-    )
-    connection = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, 0)
+    add_distribution_packages()
     try:
-        request(connection, RTM_NEWLINK, index, attributes, NLM_F_CREATE | NLM_F_EXCL)
-    finally:
-        connection.close()
+        from pyroute2 import IPRoute, NetlinkError
+    except ImportError as error:
+        raise MicrovmHostError(
+            f"cannot import pyroute2: {error}", hint="install python3-pyroute2"
+        ) from error
+    more = {} if mtu is None else {"mtu": mtu}
+    try:
+        with IPRoute() as connection:
+            connection.link(
+                "add",
+                index=index,
+                ifname=name,
+                kind="macvtap",
+                link=link,
+                macvtap_mode=mode,
+                address=mac,
+                **more,
+            )
+    except NetlinkError as error:
+        # It is no OSError, and has no errno, before pyroute2 0.8.
+        raise OSError(error.code, os.strerror(error.code)) from error
 
 
 def delete_links(indexes: Collection[int]) -> None:
@@ -85,17 +98,14 @@ def random_number() -> int:
     return 0x40000000 | int.from_bytes(os.urandom(4), "big") >> 2
 
 
-def request(
-    connection: socket, kind: int, index: int, attributes: bytes = b"", flags: int = 0
-) -> None:
+def request(connection: socket, kind: int, index: int, attributes: bytes = b"") -> None:
     """Send a message about a link and take the kernel's answer.
 
     Raises:
         OSError: what the kernel answered.
     """
     body = struct.pack("=BxHiII", 0, 0, index, 0, 0) + attributes
-    flags |= NLM_F_REQUEST | NLM_F_ACK
-    header = struct.pack("=IHHII", 16 + len(body), kind, flags, 1, 0)
+    header = struct.pack("=IHHII", 16 + len(body), kind, NLM_F_REQUEST | NLM_F_ACK, 1, 0)
     connection.sendto(header + body, (0, 0))
     answer = connection.recv(4096)
     (code,) = struct.unpack_from("=i", answer, 16)

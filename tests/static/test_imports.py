@@ -88,7 +88,7 @@ LAYER = {module: number for number, layer in enumerate(LAYERS) for module in lay
 # Third parties, and the only modules that may import them.
 KEEPERS = {
     "pystemd": {"systemd"},
-    "pyroute2": set[str](),
+    "pyroute2": {"netlink"},
     "click": {"cli"},
     "lxml": set[str](),
     "argparse": set[str](),
@@ -259,7 +259,7 @@ ENDING = ours("helper.ending", "helper.settings", "timespan")
 READS = ours("runner")
 LINKS = (
     SETUP
-    | ours("identity", "interfaces", "links", "netlink", "nodes", "plan", "runner")
+    | ours("identity", "interfaces", "interpreter", "links", "netlink", "nodes", "plan", "runner")
     | {
         *ours("sysfs"),
         *("_struct", "fcntl", "struct", "time"),
