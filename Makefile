@@ -11,11 +11,14 @@
 #                  its own, or SELinux enforces; DESTDIR and the directories below are honoured,
 #                  and V=1 shows each command
 # make uninstall   removes that; VMs, their state and their declarations stay
+# make deb         the Debian package of this checkout, into build/deb
 # make clean       what tests and demo keep for the next time: roots of hosts, the Python tools
 
 PREFIX ?= /usr/local
 DESTDIR ?=
 PYTHON ?= /usr/bin/python3
+# Empty where a package manager compiles at installation.
+COMPILE ?= yes
 
 bindir ?= $(PREFIX)/bin
 libdir ?= $(PREFIX)/lib
@@ -52,7 +55,8 @@ RULES = $(notdir $(wildcard udev/*.rules))
 PACKAGES = $(sort $(dir $(wildcard microvm_host/*.py microvm_host/*/*.py)))
 MANPAGES = $(notdir $(wildcard man/*.[1-8]))
 
-.PHONY: all check-host install uninstall check fuzz test test-faults bench demo demo-shell format clean
+.PHONY: all check-host install uninstall check fuzz test test-faults bench demo demo-shell deb format \
+	clean
 all:
 	@sed -n 's/^# make/make/p' Makefile
 
@@ -95,7 +99,7 @@ install: check-host
 	ln -srfn $(DESTDIR)$(datadir) $(tree)/data
 	# Compiled once here instead of at every start: the helpers run isolated, and some of them
 	# as users who could not write the result. The path is the one that it will run from.
-	$(PYTHON) -m compileall -q -f -s $(tree) -p $(pkgdir) $(tree)/microvm_host
+	$(if $(COMPILE),$(PYTHON) -m compileall -q -f -s $(tree) -p $(pkgdir) $(tree)/microvm_host)
 ifeq ($(DESTDIR),)
 	# Of the trees before, the last one stays for whoever runs from it.
 	for other in $(pkgdir)-????????; do \
@@ -244,6 +248,14 @@ demo:
 demo-shell:
 	tests/prerequisites
 	$(AS_ROOT) $(TEST_PYTHON) -B -m tests.demo --shell
+
+# dpkg-buildpackage writes beside the source, so that it gets a copy of it.
+deb:
+	rm -rf build/deb
+	mkdir -p build/deb/source
+	git ls-files -z | tar --create --null --files-from=- | tar --extract -C build/deb/source
+	cd build/deb/source && dpkg-buildpackage -b -us -uc
+	rm -rf build/deb/source
 
 clean:
 	$(AS_ROOT) $(TEST_PYTHON) -B -m tests.host clean

@@ -9,6 +9,9 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[2]
 # Other than source: they have no comments, or are compared byte by byte.
 WITHOUT = {"LICENSE", ".gitignore", "requirements.txt", "benchmarks.json"}
+# Debian's own formats; debian/copyright speaks for them.
+WITHOUT |= {"changelog", "control", "copyright", "format"}
+WITHOUT |= {"microvm-host.README.Debian", "microvm-host.docs"}
 LEFT_OUT = {"golden", "corpus", "__pycache__"}
 LEFT_OUT_AT_TOP = {"build", "dist"}
 
