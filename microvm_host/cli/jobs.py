@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _OF_SERVICE = ("ActiveState", "User", "Group", "SupplementaryGroups", "Environment") + (
     "TimeoutStopUSec",
+    "ExecStart",
 )
 # Of microvm@.service, where the reasons are. A test compares the two.
 CONFINEMENT = (
@@ -236,9 +237,8 @@ def run_in_foreground(vm: str, host: HostPaths) -> NoReturn:
             f"microVM {vm} is {found['ActiveState']} already", hint=f"microvm stop {vm}"
         )
     set_up = [*names.set_up_units(vm), names.set_up_target(vm)]
-    # Installed beside the package.
-    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    helper = f"{os.path.dirname(package)}/helper"
+    # `{ path=/usr/libexec/microvm-host/helper ; argv[]=…`
+    helper = found["ExecStart"].partition("path=")[2].partition(" ;")[0]
     properties = {
         "Description": f"MicroVM {vm} in the foreground",
         "Requires": " ".join(set_up),
