@@ -304,9 +304,14 @@ class HostPaths:
     def kernel_command_line(self) -> str:
         return self.at("/proc/cmdline")
 
+    @property
+    def block_devices(self) -> str:
+        """Where sysfs has all disks and partitions."""
+        return self.at("/sys/class/block")
+
     def block_device(self, name: str) -> str:
         """The sysfs directory of a disk or partition."""
-        return self.at(f"/sys/class/block/{name}")
+        return f"{self.block_devices}/{name}"
 
     def block_number(self, number: str) -> str:
         """The sysfs directory of a block device by its number, `8:0`."""

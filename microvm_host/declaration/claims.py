@@ -39,6 +39,7 @@ IMAGE, PORT, SOCKET = "image", "port of the host", "socket"
 # An image that is only read.
 IMAGE_READ = "image, to be read"
 _ANY_ADDRESS = ("", "0.0.0.0", "::")
+_BLOCK = "block device "
 
 
 @frozen
@@ -138,36 +139,57 @@ def image_claims(
         status = os.stat(path)
     except OSError:
         return
+    for each in sorted(_overlapping(_storage(status), host)):
+        yield kind, each
+
+
+def _storage(status: os.stat_result) -> str:
+    """A name for a file or a block device, which does not depend on its path."""
     if stat.S_ISBLK(status.st_mode):
-        number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
-        for each in sorted(_block_devices(number, host)):
-            yield kind, each
-    else:
-        yield kind, f"{status.st_dev}:{status.st_ino}"
+        return f"{_BLOCK}{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+    return f"{status.st_dev}:{status.st_ino}"
 
 
-def _block_devices(number: str, host: HostPaths) -> set[str]:
-    """A block device, its partitions, and those that stand on any of them: LVM, dm-crypt, md.
+def _overlapping(storage: str, host: HostPaths) -> set[str]:
+    """All that has the same contents, or a part of them.
 
-    And the file of a loop device, as image_claims has it.
+    A block device has partitions, and LVM, dm-crypt or md use it or these. A loop device has the
+    contents of its file, which may be a block device.
     """
     found: set[str] = set()
-    ahead = [number]
+    ahead = [storage]
+    loops = _loop_devices(host)
     while ahead:
         each = ahead.pop()
-        if f"block device {each}" in found:
+        if each in found:
             continue
-        found.add(f"block device {each}")
-        directory = host.block_number(each)
+        found.add(each)
+        ahead += [loop for loop, file in loops.items() if file == each]
+        if each in loops:
+            ahead.append(loops[each])
+        if not each.startswith(_BLOCK):
+            continue
+        directory = host.block_number(each.removeprefix(_BLOCK))
         inner = [f"{directory}/{name}" for name in entries(directory)]
         inner = [path for path in inner if os.path.exists(f"{path}/partition")]
         inner += [host.block_device(name) for name in entries(f"{directory}/holders")]
-        ahead += [dev for path in inner if (dev := attribute(path, "dev"))]
-        try:
-            status = os.stat(attribute(f"{directory}/loop", "backing_file") or "")
-        except OSError:
+        ahead += [f"{_BLOCK}{dev}" for path in inner if (dev := attribute(path, "dev"))]
+    return found
+
+
+def _loop_devices(host: HostPaths) -> dict[str, str]:
+    """The loop devices in use, each with its file."""
+    found = {}
+    for name in entries(host.block_devices):
+        if not name.startswith("loop"):
             continue
-        found.add(f"{status.st_dev}:{status.st_ino}")
+        directory = host.block_device(name)
+        file, number = attribute(f"{directory}/loop", "backing_file"), attribute(directory, "dev")
+        try:
+            found[f"{_BLOCK}{number}"] = _storage(os.stat(file or ""))
+        except OSError:
+            # Not in use, or its file is deleted.
+            continue
     return found
 
 

@@ -115,26 +115,35 @@ def test_a_partition_and_its_disk_overlap(
     block(host, "sda2", "8:2", "sda", holder="dm-0")
     block(host, "dm-0", "253:0")
     block(host, "loop0", "7:0")
-    loop = Path(host.block_number("7:0"), "loop")
-    loop.mkdir()
-    (loop / "backing_file").write_text(f"{root}/backing.img\n")
+    block(host, "loop0p1", "259:0", "loop0", holder="dm-1")
+    block(host, "loop0p2", "259:1", "loop0")
+    block(host, "dm-1", "253:1")
+    block(host, "loop1", "7:1")
+    for device, file in (("7:0", "backing.img"), ("7:1", "sda1")):
+        loop = Path(host.block_number(device), "loop")
+        loop.mkdir()
+        (loop / "backing_file").write_text(f"{root}/{file}\n")
     (root / "backing.img").write_text("data")
     nodes = {"sda": (8, 0), "sda1": (8, 1), "sda2": (8, 2), "dm-0": (253, 0), "loop0": (7, 0)}
+    nodes |= {"loop0p1": (259, 0), "loop0p2": (259, 1), "dm-1": (253, 1), "loop1": (7, 1)}
     for name in nodes:
         (root / name).write_text("")
     (root / "by-id").symlink_to("sda2")
     real = os.stat
 
-    def fake(path: Any) -> Any:
+    def fake(path: Any, **options: Any) -> Any:
         number = nodes.get(os.path.basename(str(path)))
         if number is None or os.path.dirname(path) != str(root):
-            return real(path)
+            return real(path, **options)
         return SimpleNamespace(st_mode=stat.S_IFBLK | 0o600, st_rdev=os.makedev(*number))
 
     monkeypatch.setattr(os, "stat", fake)
     overlapping = [
         *(("sda", "sda1"), ("sda", "sda2"), ("sda", "dm-0"), ("sda2", "dm-0"), ("sda", "by-id")),
         *(("sda2", "by-id"), ("dm-0", "by-id"), ("loop0", "backing.img")),
+        *(("loop0", "loop0p1"), ("loop0", "loop0p2"), ("loop0", "dm-1"), ("loop0p1", "dm-1")),
+        *(("loop0p1", "backing.img"), ("loop0p2", "backing.img"), ("dm-1", "backing.img")),
+        *(("sda", "loop1"), ("sda1", "loop1")),
     ]
     things = [*nodes, "by-id", "backing.img"]
     for number, one in enumerate(things):
