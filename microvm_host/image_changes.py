@@ -41,12 +41,14 @@ def not_done(
         except OSError:
             # It is made as it is asked for now.
             continue
-        had = old.get(image)
-        if had is None:
-            # A package of an older version does not tell. The size of a raw image does.
-            had = {**wanted}
-            if wanted.get("imageType") == "raw" and isinstance(wanted.get("size"), int):
-                had["size"] = size // _MIB
+        # A package of an older version does not tell.
+        told = old.get(image)
+        had = {**wanted} if told is None else {**told}
+        is_sized = wanted.get("imageType") == "raw" and isinstance(wanted.get("size"), int)
+        # A raw image tells its size itself: an administrator may have grown it. If the key is as
+        # it was, nothing more was asked for.
+        if is_sized and (told is None or told.get("size") != wanted["size"]):
+            had["size"] = size // _MIB
         for key, value in wanted.items():
             if value != had.get(key):
                 yield _line(name, path, key, had.get(key), value, wanted)

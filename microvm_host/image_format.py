@@ -16,6 +16,8 @@ from .paths import OPENED
 RAW, QCOW2, VHD, VHDX = "raw", "qcow2", "vhd", "vhdx"
 # Magic numbers at the beginning (QEMU's block drivers, their probe functions).
 _MAGIC = (
+    # Version 1 of qcow2 is a format of its own.
+    (b"QFI\xfb\0\0\0\x01", "qcow"),
     (b"QFI\xfb", QCOW2),
     (b"vhdxfile", VHDX),
     (b"conectix", VHD),

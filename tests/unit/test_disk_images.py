@@ -21,6 +21,7 @@ from microvm_host.runner import Image, Package
 
 HEADS = {
     "qcow2": b"QFI\xfb\0\0\0\3",
+    "qcow": b"QFI\xfb\0\0\0\1",
     "vhdx": b"vhdxfile",
     "vhd": b"conectix",
     "vmdk": b"KDMV",
@@ -127,12 +128,26 @@ def test_what_is_not_done_is_said(root: Path, changed: dict[str, object], says: 
     after = package(root, "after", {**ORIGIN, **changed})
     # Nothing is there yet: it is made as it is asked for.
     assert list(image_changes.not_done("web", before, after, str(root))) == []
-    (root / "a.img").write_bytes(b"data")
+    (root / "a.img").write_bytes(bytes(8 << 20))
     found = list(image_changes.not_done("web", before, after, str(root)))
     assert any(says.format(root) in line for line in found), found
     assert all(line.startswith(f"{root}/a.img stays as it was made: ") for line in found)
     assert list(image_changes.not_done("web", after, after, str(root))) == []
     assert list(image_changes.not_done("web", None, after, str(root))) == []
+
+
+def test_what_was_done_by_hand_is_not_asked_for(root: Path) -> None:
+    """An administrator grows an image first, or has declared a size that it never got."""
+    (root / "a.img").write_bytes(bytes(16 << 20))
+
+    def said(before: int, after: int) -> list[str]:
+        one = package(root, f"before-{before}-{after}", {**ORIGIN, "size": before})
+        other = package(root, f"after-{before}-{after}", {**ORIGIN, "size": after})
+        return list(image_changes.not_done("web", one, other, str(root)))
+
+    assert said(8, 16) == said(64, 16) == said(8, 8) == []
+    (line,) = said(24, 32)
+    assert "volumes.size = 32 instead of 16 does not grow it" in line
 
 
 def test_an_older_package_does_not_tell_and_the_image_does(root: Path) -> None:
