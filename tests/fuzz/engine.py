@@ -248,9 +248,10 @@ def try_one(target: Target, tree: Tree, scratch: str) -> tuple[bool, Finding | N
     caught: tuple[BaseException, str] | None = None
     # The least number that is free: what stays open takes it.
     free = _free_descriptor()
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
     _is_armed = True
     try:
+        # In here: on a busy machine the time may be over before anything has run.
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)
         target.run(root)
         promise(_free_descriptor() <= free, "leaves a descriptor open")
     except target.clean as error:
