@@ -121,7 +121,7 @@ class ServeShare:
             # unit that waits, in stopping, for this one. What else the default gives is here.
             "DefaultDependencies": ("b", False),
             "Conflicts": ("as", ["shutdown.target"]),
-            "Before": ("as", [names.unit(self.vm), "shutdown.target"]),
+            "Before": ("as", [*_vm_units(self.vm), "shutdown.target"]),
             "Listen": ("a(ss)", [("Stream", self.socket)]),
             # Root's at first. SocketUser= would make it the VM's at the price of a process.
             "SocketMode": ("u", 0o600),
@@ -581,6 +581,11 @@ def _timer_properties(vm: str, served: str) -> dict[str, tuple[str, object]]:
     }
 
 
+def _vm_units(vm: str) -> list[str]:
+    """The units that may run a VM."""
+    return [names.unit(vm), names.foreground_unit(vm)]
+
+
 def _common(vm: str, description: str) -> dict[str, tuple[str, object]]:
     """What the sockets and services of a VM's shares have.
 
@@ -591,7 +596,7 @@ def _common(vm: str, description: str) -> dict[str, tuple[str, object]]:
     return {
         **_described(description),
         # They end after the VM.
-        "Before": ("as", [names.unit(vm)]),
+        "Before": ("as", _vm_units(vm)),
         "Slice": ("s", "machine.slice"),
     }
 

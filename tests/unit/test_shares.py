@@ -322,7 +322,10 @@ def test_a_share_is_a_socket_and_a_service(
         # Its unit waits for it in stopping: nothing else may order the two.
         "DefaultDependencies": ("b", False),
         "Conflicts": ("as", ["shutdown.target"]),
-        "Before": ("as", ["microvm@web-1.service", "shutdown.target"]),
+        "Before": (
+            "as",
+            ["microvm@web-1.service", "microvm-foreground-web\\x2d1.service", "shutdown.target"],
+        ),
         "Slice": ("s", "machine.slice"),
         "CollectMode": ("s", "inactive-or-failed"),
     }
