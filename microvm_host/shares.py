@@ -312,8 +312,8 @@ def plan(
                     f"something else there, which the package's {VIRTIOFSD_RUN} would export as "
                     "root",
                     path=place,
-                    hint="share what lies in directories of root's, or give the share's options "
-                    f"in files: virtiofsd then runs as {identity.user}",
+                    hint=f"{_how_to_keep(place, state)}, or give the share's options in files: "
+                    f"virtiofsd then runs as {identity.user}",
                 )
         return [
             RunOwnScript(
@@ -343,17 +343,26 @@ def plan(
         for share in shares
     ]
     for step in steps:
-        if step.as_user and virtiofsd.is_legacy:
+        place = weak[step.share.tag]
+        if place is not None and virtiofsd.is_legacy:
             raise MicrovmHostError(
                 f"is on the way to the source of share {step.share.tag!r}, and {identity.user} "
                 "could put something else there: virtiofsd has to run as that user, which QEMU's "
                 "former one cannot",
-                path=weak[step.share.tag],
-                hint="share what lies in directories of root's, or install a newer virtiofsd",
+                path=place,
+                hint=f"{_how_to_keep(place, state)}, or install a newer virtiofsd",
             )
         # Raises what the program cannot do, before the first share is set up.
         step.service_properties()
     return [*steps]
+
+
+def _how_to_keep(place: str, state_directory: str) -> str:
+    """What keeps the VM's user from putting something else in a place on the way to a source."""
+    if os.path.dirname(place) == os.path.realpath(state_directory):
+        # The state directory is sticky.
+        return f"make it root's, whoever owns what is in it: chown root: '{place}'"
+    return "move what is shared to a directory that only root can write"
 
 
 def socket_path(share: Share, state_directory: str, package: str) -> str:

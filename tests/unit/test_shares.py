@@ -390,6 +390,13 @@ def test_a_source_that_the_vms_user_could_exchange_is_served_with_their_rights(
     with pytest.raises(MicrovmHostError, match="would export as root") as caught:
         shares.plan("web", str(package), [plain], ALICE, host, systemd)
     assert caught.value.path == "/home/alice"
+    assert "move what is shared to a directory that only root can write, or" in caught.value.hint
+    own = f"{host.vm('web')}/data"
+    monkeypatch.setattr(trust, "exchangeable", lambda path, by: own)
+    with pytest.raises(MicrovmHostError, match="would export as root") as caught:
+        shares.plan("web", str(package), [plain], ALICE, host, systemd)
+    assert f"chown root: '{own}'" in caught.value.hint
+    monkeypatch.setattr(trust, "exchangeable", lambda path, by: "/home/alice")
     monkeypatch.setattr(shares, "find_virtiofsd", lambda _: LEGACY)
     with pytest.raises(MicrovmHostError, match="former one cannot") as caught:
         shares.plan("web", str(package), [share], ALICE, host, systemd)
