@@ -108,14 +108,10 @@ class CreateTap:
 
 @frozen
 class AdoptTap:
-    """A tap that was there before and is just what the VM needs.
-
-    `is_leftover` tells that an earlier run of the VM made it, and may not have configured it.
-    """
+    """A tap that was there before and is just what the VM needs."""
 
     tap: Tap
     host: HostPaths
-    is_leftover: bool = False
 
     def describe(self) -> str:
         joined = f", and join it to {self.tap.bridge}" if self._has_to_join else ""
@@ -129,21 +125,18 @@ class AdoptTap:
         name, bridge = self.tap.name, self.tap.bridge
         index = str(interface_index(name))
         record.append("adopted", name, index)
-        if self.is_leftover:
-            _configure(self.tap, self.host)
-            return
         if bridge is not None and self._has_to_join:
             device = self.host.net_device(name)
             mtu = attribute(device, "mtu") or str(_ETHERNET_MTU)
             record.append("joined", name, index, bridge, mtu)
             _join(name, bridge, attribute(device, "address") or "", self.host)
         if not get_flags(name) & IFF_UP:
-            record.append("raised", name)
+            record.append("raised", name, index)
             set_flags(name, IFF_UP)
 
 
 def _configure(tap: Tap, host: HostPaths) -> None:
-    """Prepare a tap that the toolkit made for the VM, and set it up."""
+    """Prepare a tap that was just made, and set it up."""
     name = tap.name
     # Of a bridge's ports the lowest address becomes the bridge's: this one is above all that
     # network cards have, and none that the guest has.
@@ -154,14 +147,10 @@ def _configure(tap: Tap, host: HostPaths) -> None:
         _keep_addresses_and_routes(name, host)
     else:
         _write_settings(name, _NO_IPV6, host)
-    bridge = _bridge_of(name, host)
-    if bridge is not None and bridge != tap.bridge:
-        interfaces.leave_bridge(bridge, name)
-    if tap.bridge is None:
-        if tap.mtu is not None:
-            interfaces.set_mtu(name, tap.mtu)
-    elif bridge != tap.bridge:
+    if tap.bridge is not None:
         _join(name, tap.bridge, mac, host)
+    elif tap.mtu is not None:
+        interfaces.set_mtu(name, tap.mtu)
     set_flags(name, IFF_UP)
 
 
@@ -255,11 +244,8 @@ def plan_taps(vm: str, taps: Iterable[Tap], identity: Identity, host: HostPaths)
             steps.append(CreateTap(tap, identity, host))
             continue
         _check_adoptable(vm, tap, identity, host)
-        index = attribute(host.net_device(tap.name), "ifindex") or ""
-        made_by = holders(host.records, "tap-interfaces", ("tap", tap.name, index))
-        if vm not in made_by:
-            _check_not_on_other_bridge(tap, host)
-        steps.append(AdoptTap(tap, host, vm in made_by))
+        _check_not_on_other_bridge(tap, host)
+        steps.append(AdoptTap(tap, host))
     return steps
 
 
@@ -353,7 +339,11 @@ def undo_taps(record: Record, host: HostPaths) -> list[str]:
     doomed: dict[str, int] = {}
     for line in reversed(record.read()):
         match line:
-            case ["raised", name] if names.is_interface_name(name):
+            # Without an index: by a version that did not record it.
+            case ["raised", name, *index] if names.is_interface_name(name) and len(index) <= 1:
+                # The VM's user can have a tap go away that they had open (TUNSETPERSIST).
+                if index and not _is_still(name, index[0], host):
+                    continue
                 try:
                     set_flags(name, 0, clear=IFF_UP)
                 except MicrovmHostError as error:

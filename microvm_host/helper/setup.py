@@ -21,8 +21,12 @@ def taps_up(name: str, host: HostPaths) -> None:
     from .. import links, plan, runner
 
     taps = runner.load_taps(host.booted(name))
-    steps = links.plan_taps(name, taps, booted.identity(name, host), host)
     record = Record(host.record(name, "tap-interfaces"))
+    if record.read():
+        # Left by a helper that was killed. These taps are not used again: the VM's user, who had
+        # them open, may have changed their owner and flags.
+        taps_down(name, host)
+    steps = links.plan_taps(name, taps, booted.identity(name, host), host)
     plan.carry_out(steps, record, lambda done: links.undo_taps(done, host))
     log.status(f"up: {', '.join(tap.name for tap in taps)}")
 
@@ -40,7 +44,7 @@ def macvtaps_up(name: str, host: HostPaths) -> None:
     macvtaps = runner.load_macvtaps(host.booted(name))
     record = Record(host.record(name, "macvtap-interfaces"))
     if record.read():
-        # Of a helper that was killed while it undid these. Unlike taps, they are not used again.
+        # Left by a helper that was killed, and not used again.
         macvtaps_down(name, host)
     steps = links.plan_macvtaps(macvtaps, booted.identity(name, host), host)
     plan.carry_out(steps, record, lambda done: links.undo_macvtaps(done, host))

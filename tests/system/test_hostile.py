@@ -1000,6 +1000,76 @@ def test_speaking_in_the_name_of_another_vm(arena: Arena) -> None:
         assert "I am root" not in arena.toolkit.host.run([*argv, "--no-pager"]).stdout
 
 
+# ---- what is open, and is the user's to change
+
+_TAKE_OVER = """
+import fcntl, os, struct, sys
+tun = os.open("/dev/net/tun", os.O_RDWR)
+# Of the flags, vnet_hdr is missing.
+fcntl.ioctl(tun, 0x400454CA, struct.pack("16sH22x", sys.argv[1].encode(), 0x1002))
+for request, value in ((0x400454CC, 4321), (0x400454CE, 4321), (0x400454CB, int(sys.argv[2]))):
+    fcntl.ioctl(tun, request, value)
+print("taken over", flush=True)
+os.execvp("sleep", ["sleep", "infinity"])
+"""
+
+
+def without_teardown(arena: Arena) -> contextlib.ExitStack:
+    """Have the taps stay at a stop, as if the helper had been killed, until this is closed."""
+    drop_in = f"/run/systemd/system/microvm-tap-interfaces@{arena.vm}.service.d"
+    arena.toolkit.host.write(f"{drop_in}/killed.conf", "[Service]\nExecStopPost=\n")
+    arena.toolkit.systemctl("daemon-reload")
+    undone = contextlib.ExitStack()
+    undone.callback(lambda: arena.toolkit.sh(f"rm -r {drop_in}; systemctl daemon-reload"))
+    return undone
+
+
+def make_taker(arena: Arena, *, persists: bool) -> None:
+    """Make a VM that gives its tap away."""
+    arena.toolkit.host.write("/opt/take-over.py", _TAKE_OVER)
+    arena.make(
+        taps=(Tap(name=f"{arena.vm}a", mac="02:00:00:00:00:66"),),
+        run=f"exec python3 /opt/take-over.py {arena.vm}a {int(persists)}",
+    )
+
+
+def start_and_stop(arena: Arena) -> None:
+    assert not arena.start()
+    arena.toolkit.await_line(arena.vm, "taken over")
+    arena.stop()
+
+
+def test_giving_a_tap_away_that_a_killed_helper_leaves(arena: Arena) -> None:
+    make_taker(arena, persists=True)
+    with without_teardown(arena):
+        start_and_stop(arena)
+    assert arena.toolkit.sh(f"cat /sys/class/net/{arena.vm}a/owner") == "4321\n"
+    # It is made again for the VM.
+    start_and_stop(arena)
+    eventually(
+        lambda: arena.toolkit.host.exists(f"/sys/class/net/{arena.vm}a"),
+        lambda exists: not exists,
+        30,
+        "the tap stays",
+    )
+
+
+def test_a_tap_that_goes_away_and_what_comes_by_its_name(arena: Arena) -> None:
+    """A tap of somebody else, which was set up for the VM, ends with it: that is no tap to undo."""
+    tap = f"{arena.vm}a"
+    arena.toolkit.sh(f"ip tuntap add {tap} mode tap user {EVE} vnet_hdr")
+    make_taker(arena, persists=False)
+    with without_teardown(arena):
+        start_and_stop(arena)
+    assert not arena.toolkit.host.exists(f"/sys/class/net/{tap}")
+    arena.toolkit.sh(f"ip link add {tap} up type bridge")
+    try:
+        assert "is no tap" in arena.start()
+        assert ",UP" in arena.toolkit.sh(f"ip link show {tap}")
+    finally:
+        arena.toolkit.sh(f"ip link del {tap}")
+
+
 # ---- what takes state directories over, or away
 
 

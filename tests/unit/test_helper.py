@@ -130,6 +130,7 @@ def test_how_a_guest_may_be_waited_for(
 @pytest.mark.parametrize(
     ("verb", "what", "module", "facts"),
     [
+        ("tap-interfaces-up", "tap-interfaces", links, {"tap-interfaces": "t0\n"}),
         (
             "macvtap-interfaces-up",
             "macvtap-interfaces",
@@ -164,7 +165,7 @@ def test_what_a_killed_helper_left_is_taken_back_first(
         done.append("planned")
         return []
 
-    made = "_macvtaps" if module is links else ""
+    made = f"_{what.partition('-')[0]}s" if module is links else ""
     monkeypatch.setattr(module, f"undo{made}", undo)
     monkeypatch.setattr(module, f"plan{made}", plan)
     monkeypatch.setattr(systemd, "Connection", lambda _: SimpleNamespace(close=lambda: None))

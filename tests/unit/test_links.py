@@ -134,14 +134,6 @@ def test_tap_of_another_vm(host: HostPaths, verb: str) -> None:
         links.plan_taps("web", [Tap("a")], NOBODY, host)
 
 
-def test_tap_of_this_vm(host: HostPaths) -> None:
-    # Left of a run whose end was not tidy: it may not have been configured to the end.
-    tap(host, "a")
-    Record(host.record("web", "tap-interfaces")).append("tap", "a", "7")
-    (step,) = links.plan_taps("web", [Tap("a")], NOBODY, host)
-    assert step == AdoptTap(Tap("a"), host, is_leftover=True)
-
-
 def port(host: HostPaths, name: str, bridge: str) -> None:
     """Make a made-up interface a port of a made-up bridge."""
     os.symlink(f"../{bridge}", f"{host.net_device(name)}/master")
@@ -292,6 +284,7 @@ def test_undo_of_what_never_happened(host: HostPaths, said: list[str]) -> None:
         (links.undo_taps, "tap-interfaces", ("tap", "mvh-no-such", "7")),
         (links.undo_taps, "tap-interfaces", ("adopted", "mvh-no-such", "7")),
         (links.undo_taps, "tap-interfaces", ("raised", "mvh-no-such")),
+        (links.undo_taps, "tap-interfaces", ("raised", "mvh-no-such", "7")),
         (links.undo_taps, "tap-interfaces", ("joined", "mvh-no-such", "7", "br0", "1500")),
         (links.undo_macvtaps, "macvtap-interfaces", ("macvtap", "mvh-no-such", "7")),
         (links.undo_macvtaps, "macvtap-interfaces", ("node", "tap7")),
@@ -305,9 +298,16 @@ def test_undo_of_what_never_happened(host: HostPaths, said: list[str]) -> None:
 
 def test_undo_leaves_what_somebody_else_made(host: HostPaths, said: list[str]) -> None:
     tap(host, "mvh-no-such")
-    record = Record(host.record("web", "tap-interfaces"))
-    record.append("tap", "mvh-no-such", "6")
-    assert links.undo_taps(record, host) == []
+    for fields in (
+        ("tap", "mvh-no-such", "6"),
+        ("raised", "mvh-no-such", "6"),
+        ("joined", "mvh-no-such", "6", "br0", "1500"),
+    ):
+        said.clear()
+        record = Record(host.record("web", "tap-interfaces"))
+        record.append(*fields)
+        assert links.undo_taps(record, host) == []
+        assert said == ["mvh-no-such was made anew by somebody else and is left alone"]
 
     interface(host, "mvh-no-mac", address=MACVTAP.mac)
     record = Record(host.record("web", "macvtap-interfaces"))
