@@ -148,7 +148,9 @@ def _become_user_of_start(name: str, host: HostPaths) -> None:
         log.warning(f"{error}; asking as the unit's present user")
         identity = service.identity(name)
     try:
-        os.setgroups(os.getgrouplist(identity.user, identity.gid))
+        groups = os.getgrouplist(identity.user, identity.gid)
+        # With those of SupplementaryGroups=, by which alone a socket may be reached.
+        os.setgroups([*groups, *(each for each in identity.groups if each not in groups)])
         os.setresgid(identity.gid, identity.gid, identity.gid)
         os.setresuid(identity.uid, identity.uid, identity.uid)
     except PermissionError as error:

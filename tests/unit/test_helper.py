@@ -389,13 +389,14 @@ def test_who_asks_is_the_user_that_the_vm_was_started_for(
 ) -> None:
     """Not the one that the unit names by now; and root is given up for good."""
     Record(host.record("web", "booted")).append("user", "nobody", "4321", "nogroup", "1234")
+    Record(host.record("web", "booted")).append("groups", "6", "7")
     monkeypatch.setattr(os, "getgrouplist", lambda user, gid: [gid, len(user)])
     done: list[object] = []
     for call in ("setgroups", "setresgid", "setresuid"):
         monkeypatch.setattr(os, call, lambda *to, call=call: done.append((call, *to)))
     running._become_user_of_start("web", host)
     assert done == [
-        ("setgroups", [1234, 6]),
+        ("setgroups", [1234, 6, 7]),
         ("setresgid", 1234, 1234, 1234),
         ("setresuid", 4321, 4321, 4321),
     ]
