@@ -26,10 +26,11 @@ if TYPE_CHECKING:
 
     from .declaration import Declaration
 
-# Both sort before systemctl edit's override.conf, which therefore has the last word. An instance's
+# systemd reads drop-ins in the order of their names: those of the administrator (10-timeout.conf,
+# systemctl edit's override.conf) come after the declaration's and have the last word. An instance's
 # drop-in takes the place of one of the same name of its template, so that they have two names.
 _ALL = "50-declared.conf"
-_ONE = "50-declaration.conf"
+_ONE = "00-declaration.conf"
 # To build a flake may be to fetch it.
 _FETCHES = ["Wants=network-online.target", "After=network-online.target"]
 # systemd's words for the declaration's.

@@ -93,7 +93,7 @@ def test_a_vm_requires_the_mounts_of_its_disks_and_shares(tmp_path: Path) -> Non
     complaints: list[MicrovmHostError] = []
     (tmp_path / "out").mkdir()
     generator.generate(str(tmp_path / "out"), UNITS, host, complaints.append)
-    drop_in = tmp_path / "out/microvm@web.service.d/50-declaration.conf"
+    drop_in = tmp_path / "out/microvm@web.service.d/00-declaration.conf"
     assert drop_in.read_text().splitlines()[1:] == [
         "",
         "[Unit]",
