@@ -114,6 +114,9 @@ def _cells(row: listing.Row, now: float) -> tuple[str, ...]:
 def _notes(row: listing.Row) -> list[str]:
     """What else there is to know about a VM; for a command that fixes it there is `-l`."""
     found = [row.problem] if row.problem else []
+    # Why, unless somebody paused it: that says the state.
+    if row.paused not in ("", "paused"):
+        found.append(row.paused)
     if row.state == "outdated" and row.current is not None and row.newest is not None:
         found.append(f"update to {_short(row.current, row.newest)}")
     elif row.state == "stale" and row.current is not None and row.booted is not None:

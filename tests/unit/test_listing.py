@@ -214,6 +214,16 @@ def test_table_without_notes_has_no_such_column(scene: Scene) -> None:
     ]
 
 
+def test_table_says_why_a_guest_is_paused(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = {"current": "io-error", "foreground": "paused"}
+    monkeypatch.setattr(listing, "_paused", lambda running, host: states)
+    rows = listing.rows(scene.host, ("current", "foreground"), details=True)
+    assert [(line.split()[1], line.split()[-1]) for line in table.table(rows, NOW, None)[1:]] == [
+        ("paused", "io-error"),
+        ("paused", "-"),
+    ]
+
+
 def test_no_state_directory(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(systemd, "states", lambda *patterns: {})
     assert listing.rows(HostPaths(str(root / "none"))) == []
