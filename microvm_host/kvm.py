@@ -35,14 +35,15 @@ def why_not(identity: Identity | None, host: HostPaths) -> str | None:
 
 
 def _has_flags(host: HostPaths) -> bool:
+    """Whether the CPU offers KVM, as far as it says so: those of x86 do, by their flags."""
     try:
         with open(host.cpu_info, encoding="ascii", errors="replace") as file:
             for line in file:
                 if line.startswith("flags"):
                     return not _FLAGS.isdisjoint(line.split())
     except OSError:
-        pass
-    return False
+        return False
+    return True
 
 
 def _may_open(identity: Identity, status: os.stat_result) -> bool:
@@ -58,15 +59,9 @@ def _may_open(identity: Identity, status: os.stat_result) -> bool:
 
 
 def _groups(identity: Identity) -> set[int]:
-    """Those of the user, and kvm, in which each VM is by its unit (SupplementaryGroups=)."""
-    import grp
-
+    """Those of the user, and those that the VM's unit adds (kvm, or what a drop-in says)."""
     try:
-        found = {identity.gid, *os.getgrouplist(identity.user, identity.gid)}
+        found = os.getgrouplist(identity.user, identity.gid)
     except OSError:
-        found = {identity.gid}
-    try:
-        found.add(grp.getgrnam("kvm").gr_gid)
-    except KeyError:
-        pass
-    return found
+        found = []
+    return {identity.gid, *identity.groups, *found}
