@@ -16,10 +16,18 @@ if TYPE_CHECKING:
     from .runner import Package
 
 _TAP_UP, _RUN, _VIRTIOFSD_RUN = "bin/tap-up", "bin/microvm-run", "bin/virtiofsd-run"
+# The other ones that are known line by line, and what of the VM's unit does such things.
+_OTHER_SCRIPTS = (
+    ("bin/tap-down", "ExecStopPost"),
+    ("bin/macvtap-up", "ExecStartPre"),
+    ("bin/macvtap-down", "ExecStopPost"),
+)
 # More is no script.
 _SCRIPT_MAX = 1 << 20
 # Lines shown of a script.
 _SHOWN = 3
+# What QEMU takes a network by.
+_QEMU_NETWORKS = ("-netdev", "-nic", "-net")
 
 
 def notices(package: Package, state_directory: str) -> list[str]:
@@ -27,14 +35,21 @@ def notices(package: Package, state_directory: str) -> list[str]:
     found = []
     taps = [tap.name for tap in package.taps]
     if own := _own_lines(_script(f"{package.path}/{_TAP_UP}")):
-        shown = "; ".join(own[:_SHOWN]) + (" …" if len(own) > _SHOWN else "")
         tap = taps[0] if taps else "TAP"
         found.append(
-            f"{_TAP_UP} of the package has lines of its own, which do not run here: {shown}. "
-            "To have a tap join a bridge, write it into a file like "
+            f"{_TAP_UP} of the package has lines of its own, which do not run here: "
+            f"{_in_short(own)}. To have a tap join a bridge, write it into a file like "
             f"/etc/systemd/network/50-{tap}.network: [Match] Name={tap}, [Network] "
             f"Bridge={_bridge(own)}"
         )
+    vm = os.path.basename(state_directory)
+    for script, setting in _OTHER_SCRIPTS:
+        if own := _own_lines(_script(f"{package.path}/{script}")):
+            found.append(
+                f"{script} of the package has lines of its own, which do not run here: "
+                f"{_in_short(own)}. To run them, write {setting}=+/PATH/TO/SCRIPT in [Service] "
+                f"with `systemctl edit microvm@{vm}`"
+            )
     if _has_bridge_helper(_script(f"{package.path}/{_RUN}")):
         found.append(
             'the package has an interface of type = "bridge", which QEMU sets up by a set-user-ID '
@@ -67,29 +82,40 @@ def _script(path: str) -> str:
 
 
 def _own_lines(script: str) -> list[str]:
-    """The lines of a tap-up that make no tap, and so were added by somebody."""
+    """The lines of a script that make or delete no link, and so were added by somebody."""
     return [
         " ".join(_printable(line).split())
         for line in script.splitlines()
-        if not _makes_taps(line.strip())
+        if not _makes_links(line.strip())
     ]
 
 
-def _makes_taps(line: str) -> bool:
+def _in_short(lines: list[str]) -> str:
+    return "; ".join(lines[:_SHOWN]) + (" …" if len(lines) > _SHOWN else "")
+
+
+def _makes_links(line: str) -> bool:
     if not line or line.startswith(("#", "set -")):
         return True
     if line == "fi" or (line.startswith("if [ ") and "sys/class/net/" in line):
+        return True
+    # The host does it for each macvtap.
+    if line.startswith(("if [ ", "echo 1 >")) and "/disable_ipv6" in line:
         return True
     try:
         words = shlex.split(line)
     except ValueError:
         return False
-    if not words or os.path.basename(words[0]) != "ip":
-        return False
-    match words[1:]:
-        case ["link", "delete" | "del", *_] | ["tuntap", "add", *_]:
+    match [os.path.basename(each) for each in words[:1]] + words[1:]:
+        case ["ip", "link", "delete" | "del", *_] | ["ip", "tuntap", "add", *_]:
             return True
-        case ["link", "set", *rest]:
+        case ["ip", "link", "add", *rest]:
+            return "macvtap" in rest
+        case ["ip", "link", "set", _, "allmulticast", "on"]:
+            return True
+        case ["chown", _, node, *_]:
+            return "/tap$(" in node
+        case ["ip", "link", "set", *rest]:
             # `ip link set web0 up`: nothing but that.
             return rest[-1:] == ["up"] and len([each for each in rest if each != "dev"]) == 2
     return False
@@ -105,9 +131,10 @@ def _bridge(lines: list[str]) -> str:
 
 
 def _has_bridge_helper(script: str) -> bool:
-    words = script.replace("'", " ").replace('"', " ").split()
+    words = [each for each in script.replace("'", " ").replace('"', " ").split() if each != "\\"]
     return any(
-        each.startswith("bridge,") and before == "-netdev" for before, each in pairwise(words)
+        each.partition(",")[0] in ("bridge", "type=bridge") and before in _QEMU_NETWORKS
+        for before, each in pairwise(words)
     )
 
 

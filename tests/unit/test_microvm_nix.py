@@ -63,12 +63,55 @@ def test_lines_of_its_own(package: Path, line: str, bridge: str) -> None:
     assert f"[Match] Name=web0, [Network] Bridge={bridge}" in notice
 
 
+MACVTAP_UP = """\
+#! /nix/store/x-bash/bin/bash -e
+set -eou pipefail
+if [ -e /sys/class/net/m0 ]; then
+  /nix/store/x-iproute2/bin/ip link delete 'm0'
+fi
+/nix/store/x-iproute2/bin/ip link add link 'eth0' name 'm0' address '02:00:00:00:00:01' \
+type macvtap mode 'bridge'
+/nix/store/x-iproute2/bin/ip link set 'm0' allmulticast on
+if [ -f "/proc/sys/net/ipv6/conf/m0/disable_ipv6" ]; then
+  echo 1 > "/proc/sys/net/ipv6/conf/m0/disable_ipv6"
+fi
+/nix/store/x-iproute2/bin/ip link set 'm0' up
+/nix/store/x-coreutils/bin/chown 'microvm:kvm' /dev/tap$(< "/sys/class/net/m0/ifindex")
+""".replace("\\\n", "")
+DOWN = "#! /nix/store/x-bash/bin/bash -e\nset -ou pipefail\n/x/bin/ip link delete 'm0'\n"
+
+
+@pytest.mark.parametrize(
+    ("script", "text", "setting"),
+    [
+        ("tap-down", DOWN, "ExecStopPost"),
+        ("macvtap-up", MACVTAP_UP, "ExecStartPre"),
+        ("macvtap-down", DOWN, "ExecStopPost"),
+    ],
+)
+def test_lines_of_its_own_in_others(package: Path, script: str, text: str, setting: str) -> None:
+    packages.put(package, f"bin/{script}", text)
+    assert notices(package) == []
+    for line in ("nft delete table inet web", "ip link set m0 promisc on", "chown a /dev/x"):
+        packages.put(package, f"bin/{script}", f"{text}{line}\n")
+        (notice,) = notices(package)
+        assert notice.startswith(f"bin/{script} ") and f": {line}. " in notice
+        assert f"{setting}=+" in notice and "`systemctl edit microvm@web`" in notice
+
+
 def test_an_interface_of_type_bridge(package: Path) -> None:
     run = "#!/bin/sh\nexec qemu -netdev '{}' -device virtio-net\n"
     helper = "bridge,id=web0,br=br0,helper=/run/wrappers/bin/qemu-bridge-helper"
     packages.put(package, "bin/microvm-run", run.format(helper))
     (notice,) = notices(package)
     assert 'type = "tap"' in notice
+    for text in (
+        "qemu -netdev \\\n  bridge,id=a\n",
+        "qemu -nic bridge,br=br0\n",
+        "qemu -netdev type=bridge,id=a\n",
+    ):
+        packages.put(package, "bin/microvm-run", f"#!/bin/sh\n{text}")
+        assert len(notices(package)) == 1, text
     packages.put(package, "bin/microvm-run", run.format("tap,id=bridge,ifname=bridge0"))
     assert notices(package) == []
 
