@@ -85,9 +85,11 @@ def uuid_of_script(path: str) -> str | None:
         os.close(file)
     for line in text.splitlines():
         name, equals, value = line.strip().partition("=")
-        if equals and name.split()[-1:] == ["UUID"]:
+        if equals and name.split()[-1:] == ["UUID"] and not name.startswith("#"):
             try:
-                return names.machine_uuid(value.partition(";")[0].strip().strip("'\""))
+                return names.machine_uuid(
+                    value.partition(";")[0].partition(" #")[0].strip().strip("'\"")
+                )
             except NameInvalid:
                 return None
     return None

@@ -318,6 +318,7 @@ def test_register_by_the_packages_uuid(web: Path, registered: list[Machine]) -> 
         (f'#! /nix/store/x-bash/bin/bash -e\n\nUUID="{UUID}"\nbusctl call "$UUID"\n', UUID),
         (f"#!/bin/sh\n  export UUID='{UUID.upper()}'; echo\n", UUID),
         (f"readonly UUID={UUID.replace('-', '')}\n", UUID),
+        (f'# UUID="{"0" * 32}"\nUUID="{UUID}" # the guest has it, too\n', UUID),
         ("#!/bin/sh\necho UUID=\n", None),
         ('UUID="$(cat /etc/machine-id)"\n', None),
         (f'OTHER_UUID="{UUID}"\n', None),
