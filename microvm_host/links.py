@@ -256,7 +256,12 @@ def _check_bridge(tap: Tap, bridge: str, host: HostPaths) -> None:
     if not _await_bridge(f"{device}/bridge"):
         raise MicrovmHostError(
             f"tap {tap.name} is to join {bridge}, which is no bridge of this host",
-            hint=f"create it: ip link add {bridge} type bridge",
+            hint="create it: "
+            + (
+                "microvm network enable"
+                if bridge == READY_MADE_BRIDGE
+                else f"ip link add {bridge} type bridge"
+            ),
         )
     mtu = int(attribute(device, "mtu") or _ETHERNET_MTU)
     if tap.mtu is not None and tap.mtu > mtu:

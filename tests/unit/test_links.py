@@ -189,6 +189,9 @@ def test_bridge_that_is_none(
         interface(host, "eth0", device="")
     with pytest.raises(MicrovmHostError, match="join eth0, which is no bridge of this host"):
         links.plan_taps("web", [Tap("a", bridge="eth0")], NOBODY, host)
+    with pytest.raises(MicrovmHostError) as caught:
+        links.plan_taps("web", [Tap("a", bridge="mvbr0")], NOBODY, host)
+    assert caught.value.hint == "create it: microvm network enable"
 
 
 def test_bridge_that_comes_late(host: HostPaths, monkeypatch: pytest.MonkeyPatch) -> None:
