@@ -39,6 +39,8 @@ class Running:
     uid: int
     gid: int
     user: str
+    # Those that the unit gives it beside the user's own.
+    groups: tuple[int, ...] = ()
 
     def connect(self, path: str, within: float) -> socket.socket:
         """Connect to one of its sockets, by a path relative to its directory perhaps.
@@ -54,8 +56,8 @@ def running(name: str, host: HostPaths) -> Running | None:
     """The VM, if it runs by us; raises PackageError, or MicrovmHostError for a strange record."""
     if state.booted(name, host) is None:
         return None
-    record = Record(host.record(name, "booted"))
-    for verb, *fields in record.read():
+    lines = Record(host.record(name, "booted")).read()
+    for verb, *fields in lines:
         if verb == "user" and len(fields) == 4 and fields[1].isdigit() and fields[3].isdigit():
             user, uid, gid = fields[0], int(fields[1]), int(fields[3])
             break
@@ -63,7 +65,10 @@ def running(name: str, host: HostPaths) -> Running | None:
         # It is being started or stopped at this moment.
         return None
     package = runner.load(host.booted(name))
-    return Running(name, host.vm(name), package, uid, gid, user)
+    groups = tuple(
+        int(each) for verb, *found in lines if verb == "groups" for each in found if each.isdigit()
+    )
+    return Running(name, host.vm(name), package, uid, gid, user, groups)
 
 
 def connect(path: str, uid: int, within: float) -> socket.socket:

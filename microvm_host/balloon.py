@@ -164,7 +164,7 @@ def _run_script(vm: Running, size: int) -> None:
     # It acts on sockets of the VM's user, and with no more rights than theirs.
     whom: dict[str, object] = {}
     if os.geteuid() == 0:
-        groups = os.getgrouplist(vm.user, vm.gid)
+        groups = sorted({*os.getgrouplist(vm.user, vm.gid), *vm.groups})
         whom = {"user": vm.uid, "group": vm.gid, "extra_groups": groups}
     done = subprocess.run(
         [script, str(size)],

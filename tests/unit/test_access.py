@@ -153,9 +153,11 @@ def test_knows_whom_a_vm_runs_as(host: HostPaths, root: Path) -> None:
         # Without a record it is no more than a link.
         assert attach.running("web", host) is None
         Record(host.record("web", "booted")).append("user", "alice", "1001", "users", "100")
+        Record(host.record("web", "booted")).append("groups", "104", "7")
         found = attach.running("web", host)
         assert found is not None
         assert (found.user, found.uid, found.gid) == ("alice", 1001, 100)
+        assert found.groups == (104, 7)
         assert found.package.console_socket == "web-console.sock"
 
 
