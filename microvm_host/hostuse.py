@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the host itself lives on: disks, the way out, the display. For PCI devices' sake.
+"""What the host itself uses: disks, the way out, the display. For PCI devices' sake.
 
 Taking such a device away stops the host or cuts it off. Each reason is a line for people, in
 which the device is `it`.
@@ -59,10 +59,14 @@ def _disks(device: Device, host: HostPaths) -> Iterator[str]:
     if not mine:
         return
     uses: dict[str, list[str]] = {}
-    for use, name in _uses(host):
+    bound: dict[str, str] = {}
+    for use, name, is_whole in _uses(host):
         for disk in mine:
             if disk in _below(name, host):
-                uses.setdefault(disk, []).append(use)
+                if is_whole:
+                    uses.setdefault(disk, []).append(use)
+                else:
+                    bound.setdefault(disk, use)
                 break
     for disk in mine:
         above = entries(f"{host.block_device(disk)}/holders")
@@ -71,7 +75,11 @@ def _disks(device: Device, host: HostPaths) -> Iterator[str]:
     for disk, held in uses.items():
         more = f" and {len(held) - _NAMED_USES} more" if len(held) > _NAMED_USES else ""
         yield f"its disk {disk} holds {', '.join(held[:_NAMED_USES])}{more}"
-    if not uses:
+    for disk, place in bound.items():
+        # The whole of it is mounted elsewhere: a container has files of the machine outside.
+        if disk not in uses:
+            yield f"its disk {disk} is mounted outside: {place} is a part of it"
+    if not uses and not bound:
         for disk in mine:
             if _is_claimed(host.block_node(disk)):
                 yield f"its disk {disk} is in use by the kernel"
@@ -91,27 +99,34 @@ def _places(name: str, host: HostPaths) -> list[str]:
     ]
 
 
-def _uses(host: HostPaths) -> Iterator[tuple[str, str]]:
-    """What is mounted or swapped to: the use, and the name of the block device."""
+def _uses(host: HostPaths) -> Iterator[tuple[str, str, bool]]:
+    """What is mounted or swapped to: the use, the name of the block device, and if it is whole.
+
+    A bind mount of a directory or file is a part of a file system.
+    """
     numbers = {
         attribute(host.block_device(name), "dev"): name for name in entries(host.block_device(""))
     }
     seen = set()
     for line in _lines(host.mounts):
         # proc_pid_mountinfo(5): … major:minor root mountpoint … - type source options
+        # The root file system of a container or of OSTree is a bind mount as well.
         fields, _, rest = line.partition(" - ")
         columns, source = fields.split(" "), rest.split(" ")
         if len(columns) < 5 or len(source) < 2:
             continue
         # File systems over several disks have a number that is no disk's: btrfs. They name one.
-        name = numbers.get(columns[2]) or _named(source[1], numbers, host)
+        # Their subvolumes are mounted by their paths, like bind mounts.
+        numbered = numbers.get(columns[2])
+        name = numbered or _named(source[1], numbers, host)
+        is_whole = numbered is None or "/" in (columns[3], columns[4])
         if name and (name, columns[4]) not in seen:
             seen.add((name, columns[4]))
-            yield _unescaped(columns[4]), name
+            yield _unescaped(columns[4]), name, is_whole
     for line in _lines(host.swaps)[1:]:
         name = _named(line.split(" ", 1)[0], numbers, host)
         if name:
-            yield "swap space", name
+            yield "swap space", name, True
 
 
 def _unescaped(mount_point: str) -> str:

@@ -322,6 +322,11 @@ class HostPaths:
         return self.at(f"/dev/{name.replace('!', '/')}")
 
     @property
+    def container(self) -> str:
+        """systemd's file, on hosts that are containers, which says of what kind."""
+        return self.at("/run/systemd/container")
+
+    @property
     def mounts(self) -> str:
         return self.at("/proc/self/mountinfo")
 

@@ -2,7 +2,7 @@
 """PCI devices of a VM: taken from their drivers for vfio-pci, and given back.
 
 Everything is checked before anything is touched: that each device is there and is one, that the
-host does not live on it, that no other VM has it, that its driver can be made to let go, and that
+host does not use it, that no other VM has it, that its driver can be made to let go, and that
 the rest of its IOMMU group keeps still, since VFIO hands out whole groups (kernel.org,
 driver-api/vfio). What a device was before stands in the record, from which it becomes that again.
 """
@@ -178,7 +178,7 @@ def _problems_of(device: Device, vm: str, host: HostPaths) -> list[MicrovmHostEr
     if reasons and address not in _allowed(vm, host):
         found.append(
             MicrovmHostError(
-                f"{address} is not given away, since this host lives on it: {'; '.join(reasons)}",
+                f"{address} is not given away, since this host uses it: {'; '.join(reasons)}",
                 hint=f'allow_host_devices = ["{address}"] in {host.declaration(vm)} allows it '
                 "all the same",
             )
@@ -196,7 +196,7 @@ def _problems_of(device: Device, vm: str, host: HostPaths) -> list[MicrovmHostEr
 
 
 def _allowed(vm: str, host: HostPaths) -> tuple[str, ...]:
-    """The devices that the administrator gives to a VM though the host lives on them."""
+    """The devices that the administrator gives to a VM although the host uses them."""
     if not os.path.exists(host.declaration(vm)):
         return ()
     # Not before, since reading TOML takes longer than all else: devices in use are rare.

@@ -164,7 +164,9 @@ def no_iommu(host: HostPaths) -> MicrovmHostError:
         option.startswith("intel_iommu=") and "on" in option.partition("=")[2].split(",")
         for option in options
     )
-    if switched_off:
+    if os.path.exists(host.container):
+        hint = "this is a container: run the VM on the machine outside"
+    elif switched_off:
         hint = f"remove {switched_off[0]} from the kernel's command line and reboot"
     elif "DMAR" in tables and is_asked_for:
         hint = (

@@ -36,8 +36,8 @@ def show(host: HostPaths, *, bridges: bool, as_json: bool) -> None:
         return
     if not known.are_known:
         click.echo(
-            "microvm: devices have no names, for want of their list; install the package "
-            "pci.ids (Debian and its kin) or hwdata",
+            "microvm: this host has no list of the names of devices; install the package "
+            "pci.ids (Debian, Ubuntu) or hwdata (Fedora, openSUSE)",
             err=True,
         )
     shown = sorted((row for row in rows if bridges or not _is_plumbing(row)), key=_by_group)
@@ -57,7 +57,7 @@ def show(host: HostPaths, *, bridges: bool, as_json: bool) -> None:
         click.echo(line)
     for row in shown:
         if row.host_uses:
-            click.echo(f"{row.device.address}: the host lives on it: {'; '.join(row.host_uses)}")
+            click.echo(f"{row.device.address}: the host uses it: {'; '.join(row.host_uses)}")
 
 
 def _is_plumbing(row: Row) -> bool:

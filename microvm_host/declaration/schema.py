@@ -511,7 +511,7 @@ _HOST: dict[str, dict[str, Any]] = {
     "allow_host_devices": {
         "type": "array",
         "items": {"type": "string"},
-        "description": "PCI devices that it may have though the host lives on them.",
+        "description": "PCI devices that it may have although the host uses them.",
     },
     "order": {
         "type": "integer",

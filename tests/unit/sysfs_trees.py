@@ -258,10 +258,13 @@ class Sysfs:
         (one / "slaves" / lower).symlink_to(other)
         (other / "holders" / upper).symlink_to(one)
 
-    def mount(self, place: str, number: str, source: str, kind: str = "ext4") -> None:
+    def mount(
+        self, place: str, number: str, source: str, kind: str = "ext4", *, part: str = "/"
+    ) -> None:
+        """Mount a file system, or bind a part of it."""
         self.add(
             "proc/self/mountinfo",
-            f"30 22 {number} / {place} rw,relatime shared:1 - {kind} {source} rw",
+            f"30 22 {number} {part} {place} rw,relatime shared:1 - {kind} {source} rw",
         )
 
     # ---- all of it

@@ -74,6 +74,30 @@ class TestDisks:
             sysfs.mount(place, "8:2", "/dev/sda2")
         assert reasons(sysfs) == ["its disk sda2 holds /, /a, /b and 2 more"]
 
+    def test_bind_mounts_are_no_uses_of_their_own(self, sysfs: Sysfs) -> None:
+        sysfs.mount("/srv", "8:2", "/dev/sda2")
+        for place in ("/etc/hosts", "/exports/a", "/exports/b"):
+            sysfs.mount(place, "8:2", "/dev/sda2", part=f"/parts{place}")
+        assert reasons(sysfs) == ["its disk sda2 holds /srv"]
+
+    def test_bind_mounts_alone(self, sysfs: Sysfs) -> None:
+        """In a container, files of the machine outside; its disk must not be taken either."""
+        sysfs.mount("/run/host/os-release", "8:2", "/dev/sda2", part="/usr/lib/os-release")
+        sysfs.mount("/run/host/incoming", "8:2", "/dev/sda2", part="/run/incoming")
+        assert reasons(sysfs) == [
+            "its disk sda2 is mounted outside: /run/host/os-release is a part of it"
+        ]
+
+    def test_root_of_a_container_or_of_ostree(self, sysfs: Sysfs) -> None:
+        sysfs.mount("/", "8:2", "/dev/sda2", part="/var/lib/machines/one")
+        sysfs.mount("/etc/hosts", "8:2", "/dev/sda2", part="/etc/hosts")
+        assert reasons(sysfs) == ["its disk sda2 holds /"]
+
+    def test_subvolumes_of_btrfs(self, sysfs: Sysfs) -> None:
+        sysfs.mount("/", "0:35", "/dev/sda2", "btrfs", part="/@")
+        sysfs.mount("/home", "0:35", "/dev/sda2", "btrfs", part="/@home")
+        assert reasons(sysfs) == ["its disk sda2 holds /, /home"]
+
     def test_swap_space_that_cannot_be(self, sysfs: Sysfs) -> None:
         sysfs.put("proc/swaps", "Filename\n/dev/sd\0a partition 1 0 -2\n/gone file 1 0 -2\n")
         assert reasons(sysfs) == []

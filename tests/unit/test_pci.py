@@ -203,7 +203,7 @@ def test_what_the_host_lives_on(sysfs: Sysfs) -> None:
     for number in range(2):
         (card / f"virtfn{number}").symlink_to(f"../0000:03:10.{number}")
     refused = [
-        "0000:03:00.0 is not given away, since this host lives on it: its interface eth0 has the "
+        "0000:03:00.0 is not given away, since this host uses it: its interface eth0 has the "
         "default route; its 2 virtual functions would vanish; "
         'allow_host_devices = ["0000:03:00.0"] in /etc/microvms/web.toml allows it all the same'
     ]
@@ -276,7 +276,7 @@ def test_all_problems_at_once(
     assert [line.partition(" (")[0][:60] for line in problems(sysfs, *wanted)] == [
         "/sys/bus/pci/devices/0000:09:00.0: there is no PCI device 00",
         "10000:e1:00.0 is in use by microVM db; stop that one first: ",
-        "0000:06:00.0 is not given away, since this host lives on it:",
+        "0000:06:00.0 is not given away, since this host uses it: its",
         "/sys/bus/pci/drivers/stuck: 0000:06:00.0 is held by driver s",
         "/sys/kernel/iommu_groups/7/devices: IOMMU group 7 cannot be ",
     ]

@@ -221,6 +221,12 @@ def test_no_iommu(sysfs: Sysfs, tables: list[str], options: str, hint: str) -> N
     assert error.hint.startswith(hint)
 
 
+def test_no_iommu_in_a_container(sysfs: Sysfs) -> None:
+    sysfs.put("run/systemd/container", "systemd-nspawn")
+    error = pcibus.no_iommu(sysfs.host)
+    assert error.hint == "this is a container: run the VM on the machine outside"
+
+
 def test_no_iommu_and_nothing_to_read(tmp_path: Path) -> None:
     error = pcibus.no_iommu(HostPaths(str(tmp_path)))
     assert error.hint.startswith("switch on VT-d")

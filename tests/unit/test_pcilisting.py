@@ -156,7 +156,7 @@ def test_no_names(host: HostPaths) -> None:
     device(host, "0000:01:00.0", "8086:10d3", "020000", "3", "e1000e")
     assert not Names(host).are_known
     result = run()
-    assert result.stderr.count("install the package pci.ids (Debian and its kin) or hwdata") == 1
+    assert result.stderr.count("install the package pci.ids (Debian, Ubuntu) or hwdata") == 1
     assert result.stdout.splitlines()[1].endswith("  -        network 8086:10d3")
 
 
@@ -237,7 +237,7 @@ def test_on_a_terminal_lines_are_cut_and_coloured(
         parts = re.fullmatch(r"(?:\033\[([\d;]+)m)?(.*?)(?:\033\[0m)?", line)
         assert parts
         colour, plain = parts.groups()
-        if "lives on it" not in plain:
+        if "the host uses it" not in plain:
             assert len(plain) <= 70
             by_address[plain.split()[0]] = colour, plain
     assert by_address["0000:01:00.0"][0] == "1;32"
@@ -317,7 +317,7 @@ def test_what_the_host_lives_on(host: HostPaths) -> None:
     line = next(line for line in result.stdout.splitlines() if line.startswith("0000:02:00.0 "))
     assert " host " in line
     assert result.stdout.splitlines()[-1] == (
-        "0000:02:00.0: the host lives on it: its 2 virtual functions would vanish"
+        "0000:02:00.0: the host uses it: its 2 virtual functions would vanish"
     )
 
 
