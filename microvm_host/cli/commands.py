@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from .. import init as initial
     from .. import network as networking
     from .. import remove as removal
-    from . import access, built, emulation, jobs, networks, pausing, start_many, table
+    from . import access, built, emulation, jobs, networks, pausing, progress, start_many, table
     from . import fresh as fresh_guests
     from . import history as histories
     from . import pci as pci_commands
@@ -60,7 +60,7 @@ else:
     histories = Later(".history")
     start_many, status_pages = Later(".start_many"), Later(".status")
     networking, removal = Later("..network"), Later("..remove")
-    pausing = Later(".pausing")
+    pausing, progress = Later(".pausing"), Later(".progress")
     pci_commands, table = Later(".pci"), Later(".table")
 
 HOST = HostPaths.from_environment()
@@ -625,7 +625,7 @@ def apply(dry_run: bool, as_json: bool) -> None:
     if not dry_run:
         _as_root()
     outcomes, failed = [], 0
-    line = start_many.Line()
+    line = progress.Line()
     for outcome in application.apply(HOST, start_many.bring_up, line.show, dry_run=dry_run):
         outcomes.append(outcome)
         if outcome.error is not None:

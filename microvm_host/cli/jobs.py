@@ -13,6 +13,7 @@ from contextlib import suppress
 
 from .. import listing, names, systemd, terminal_text, vsock
 from ..errors import EXIT_CONFIG, MicrovmHostError, PackageError, one_line
+from .progress import Line
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -184,11 +185,11 @@ def _waited_for(units: Sequence[str]) -> str:
 
 
 class _Progress:
-    """One line on a terminal that counts the seconds, from the first on."""
+    """A line on a terminal that counts the seconds, from the first on."""
 
     def __init__(self, text: str) -> None:
         self._text = text
-        self._shown = False
+        self._line = Line()
 
     def show(self, seconds: float, waited_for: Callable[[], str] = str) -> None:
         """Count the seconds, from the first on.
@@ -196,15 +197,12 @@ class _Progress:
         Args:
             waited_for: what is waited for; nothing if that is not known.
         """
-        if seconds >= 1 and sys.stderr.isatty():
+        if seconds >= 1 and self._line.is_seen:
             more = waited_for()
-            sys.stderr.write(f"\r{self._text} … {seconds:.0f} s{more and f': {more}'}\033[K")
-            sys.stderr.flush()
-            self._shown = True
+            self._line.show(f"{self._text} … {seconds:.0f} s{more and f': {more}'}")
 
     def clear(self) -> None:
-        if self._shown:
-            sys.stderr.write("\r\033[K")
+        self._line.clear()
 
 
 def run_in_foreground(vm: str, host: HostPaths) -> NoReturn:

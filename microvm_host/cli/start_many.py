@@ -10,6 +10,7 @@ import time
 from .. import names, systemd
 from ..errors import MicrovmHostError, PackageError
 from . import jobs
+from .progress import Line
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -82,25 +83,3 @@ def _progress(vms: Sequence[str], seconds: float) -> str:
         more = " and more" if len(missing) > _NAMES_SHOWN else ""
         text += f", waiting for {', '.join(missing[:_NAMES_SHOWN])}{more}"
     return f"{text} … {seconds:.0f} s"
-
-
-class Line:
-    """One line on a terminal that says what is being done; nothing elsewhere."""
-
-    def __init__(self) -> None:
-        self.is_seen = sys.stderr.isatty()
-        self._is_shown = False
-
-    def show(self, text: str) -> None:
-        """Show a text in place of the last one; an empty one shows nothing."""
-        self.clear()
-        if text and self.is_seen:
-            sys.stderr.write(f"\r{text}")
-            sys.stderr.flush()
-            self._is_shown = True
-
-    def clear(self) -> None:
-        if self._is_shown:
-            sys.stderr.write("\r\033[K")
-            sys.stderr.flush()
-            self._is_shown = False
