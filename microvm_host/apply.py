@@ -5,6 +5,7 @@ First each declared VM is installed. Then all that are to start by themselves, o
 package than the current one, are started at once: systemd orders them and waits for all of them
 together. One that fails does not keep the others from it. Flakes are built beside all that; VMs
 that wait for one by their `order`, and those of the flakes, are started when the flakes are built.
+VMs whose declaration was deleted stay as they are, and are listed.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack
 
-from . import declaration, install, names, service, systemd, taken
+from . import declaration, install, listing, names, service, source, systemd, taken
 from .build_record import Looks
 from .errors import DeclarationError, MicrovmHostError
 from .frozen import frozen
@@ -37,12 +38,14 @@ _BUILDS = 4
 
 @frozen
 class Outcome:
-    """What became of one declared VM; `error` if it failed."""
+    """What became of one VM; `error` if it failed."""
 
     name: str
     text: str
     changed: bool
     error: MicrovmHostError | None = None
+    # Its declaration was deleted, and nothing was done.
+    is_undeclared: bool = False
 
 
 @frozen
@@ -89,6 +92,7 @@ def apply(
     run = _Run(host, active)
     if dry_run:
         yield from map(run.would, declared)
+        yield from run.undeclared()
         return
     quick = [found for found in declared if found.source.kind != "flake"]
     slow = [found for found in declared if found.source.kind == "flake"]
@@ -116,6 +120,7 @@ def apply(
             else:
                 later.append(one)
     yield from run.bring_up(later, bring_up)
+    yield from run.undeclared()
     if run.has_changed:
         install.collect(host)
 
@@ -233,6 +238,17 @@ class _Run:
         elif found.autostart:
             parts.append("would start it")
         return Outcome(name, f"{name}: {', '.join(parts) or 'up to date'}", bool(parts))
+
+    def undeclared(self) -> Iterator[Outcome]:
+        """The VMs whose declaration was deleted: what to do with them is not decided by that."""
+        for name in listing.installed(self._host):
+            if source.is_undeclared(name, self._host):
+                text = f"{name}: no longer declared"
+                if self._runs(name):
+                    text += f", still runs: microvm stop {name}"
+                else:
+                    text += f"; `microvm remove {name}` deletes it and its disks"
+                yield Outcome(name, text, False, is_undeclared=True)
 
     def _runs(self, name: str) -> bool:
         return self._active.get(names.unit(name)) in ("active", "activating")

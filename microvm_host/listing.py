@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-from . import leases, names, state, systemd
+from . import leases, names, source, state, systemd
 from .errors import MicrovmHostError
 from .frozen import frozen
 from .record import Record
@@ -340,17 +340,11 @@ def _row(
         problem=problem,
         lost=_lost(name, states, host) if current else (),
         addresses=_addresses(booted, known) if known and booted and active in _RUNS else (),
-        is_undeclared=_is_undeclared(name, host),
+        is_undeclared=source.is_undeclared(name, host),
         paused=paused.get(name, ""),
         since=since,
         memory=memory,
     )
-
-
-def _is_undeclared(name: str, host: HostPaths) -> bool:
-    from .source import is_from_declaration
-
-    return is_from_declaration(host.vm(name)) and not os.path.lexists(host.declaration(name))
 
 
 def _addresses(booted: Version, known: dict[str, list[str]]) -> tuple[str, ...]:

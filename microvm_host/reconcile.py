@@ -279,7 +279,7 @@ def find(host: HostPaths) -> list[Leftover]:
     found: list[Leftover] = []
     for vm in sorted(vms):
         if seen.is_live(vm):
-            if seen.runs(vm) and _is_undeclared(vm, host):
+            if seen.runs(vm) and source.is_undeclared(vm, host):
                 found.append(Undeclared(vm, host.declaration(vm)))
             continue
         recorded = {thing for record in records.get(vm, ()) for thing in record.things}
@@ -551,7 +551,3 @@ def _gc_roots(host: HostPaths) -> list[StaleLink]:
         ):
             found.append(StaleLink(vm, path, target, "gc-root"))
     return found
-
-
-def _is_undeclared(vm: str, host: HostPaths) -> bool:
-    return source.is_from_declaration(host.vm(vm)) and not os.path.lexists(host.declaration(vm))

@@ -9,6 +9,10 @@ import stat
 from .errors import NameInvalid
 from .frozen import frozen
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .paths import HostPaths
+
 # Files in the state directory that remember it, one line each; `flake` as on NixOS.
 KINDS = ("runner", "flake", "declaration")
 # Beside them, an empty file: a declaration says that this VM is to be.
@@ -44,6 +48,11 @@ def is_from_declaration(state_directory: str) -> bool:
         return _is_roots_file(os.lstat(f"{state_directory}/{DECLARED}"))
     except OSError:
         return False
+
+
+def is_undeclared(vm: str, host: HostPaths) -> bool:
+    """Whether a declaration made this VM, and the declaration was deleted since."""
+    return is_from_declaration(host.vm(vm)) and not os.path.lexists(host.declaration(vm))
 
 
 def _is_roots_file(status: os.stat_result) -> bool:

@@ -634,7 +634,8 @@ def apply(dry_run: bool, as_json: bool) -> None:
         elif not as_json:
             click.echo(outcome.text)
     if not dry_run:
-        emulation.warn([outcome.name for outcome in outcomes if outcome.error is None], HOST)
+        done = [each for each in outcomes if each.error is None and not each.is_undeclared]
+        emulation.warn([outcome.name for outcome in done], HOST)
     if as_json:
         click.echo(
             json.dumps(
@@ -649,6 +650,7 @@ def apply(dry_run: bool, as_json: bool) -> None:
                 ],
                 indent=2,
             )
+                        "undeclared": outcome.is_undeclared,
         )
     elif not outcomes:
         click.echo(f"no declarations in {HOST.declarations}", err=True)

@@ -211,3 +211,29 @@ def test_a_terminal_shows_who_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> 
         "starting: 1 of 6 VMs are up, 1 failed, waiting for c, d, e and more … 7 s"
     )
     assert start_many._progress(["a"], 1) == "starting: 1 of 1 VMs are up … 1 s"
+
+
+def test_vms_that_are_no_longer_declared_are_listed(
+    host: HostPaths, starts: Starts, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They stay, running or not; a VM that no declaration made is not said to be one of them."""
+    for name in ("kept", "runs", "stopped"):
+        declare(host, name)
+    run(host, starts)
+    for name in ("runs", "stopped"):
+        os.unlink(host.declaration(name))
+    by_hand = Path(host.vm("by-hand"))
+    by_hand.mkdir()
+    (by_hand / "current").symlink_to(host.at("/packages/kept"))
+    starts.states = {names.unit("runs"): "active", names.unit("kept"): "active"}
+    starts.transactions.clear()
+    texts = {
+        "runs": "runs: no longer declared, still runs: microvm stop runs",
+        "stopped": "stopped: no longer declared; `microvm remove stopped` deletes it and its disks",
+    }
+    for dry_run in (False, True):
+        found = list(application.apply(host, starts.bring_up, dry_run=dry_run))
+        assert {each.name: each.text for each in found if each.is_undeclared} == texts
+        assert [each.name for each in found if not each.is_undeclared] == ["kept"]
+        assert not any(each.changed or each.error for each in found)
+    assert starts.transactions == []
