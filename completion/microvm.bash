@@ -112,7 +112,7 @@ _microvm() {
             create) options='-f --flake --runner --user --start' ;;
             init) options='--guest --memory --kernel --suite --mirror --login --ssh-key --disk --fresh
                 --force -o --output' ;;
-            list) options='--check --lines --json' ;;
+            list) options='-a --all --check -l --lines --json' ;;
             pci) options='-a --all --json' ;;
             reconcile) options='--apply -y --yes --json' ;;
             remove) options='-y --yes' ;;

@@ -53,6 +53,9 @@ def vm_name(text: str) -> str:
     """Check the name of a VM, which is a directory and a unit's instance at once."""
     if not text:
         raise NameInvalid("the name of a VM is empty")
+    if text.startswith("microvm@"):
+        vm = text.removeprefix("microvm@").removesuffix(".service")
+        raise NameInvalid(f"{text!r} is a unit, not the name of a VM", hint=f"did you mean {vm}?")
     if not _VM_NAME.issuperset(text) or text[0] in ".-":
         raise NameInvalid(
             f"{text!r} cannot be the name of a VM",

@@ -107,8 +107,13 @@ def microvm() -> None:
 @click.option(
     "--check", is_flag=True, help="Ask what flakes and declarations would give now; nix is slow."
 )
+@click.option("-a", "--all", is_flag=True, expose_value=False, help="Show all VMs, as without it.")
 @click.option(
-    "--lines", "as_lines", is_flag=True, help="A line each, with what to do next, as `microvm -l`."
+    "-l",
+    "--lines",
+    "as_lines",
+    is_flag=True,
+    help="A line each, with what to do next, as `microvm -l`.",
 )
 @JSON
 def list_(vms: tuple[str, ...], check: bool, as_lines: bool, as_json: bool) -> None:
@@ -521,7 +526,7 @@ def status(vms: tuple[str, ...], as_json: bool) -> None:
     sys.exit(status_pages.show(chosen, HOST, as_json=as_json, is_glob=is_glob))
 
 
-@microvm.group(invoke_without_command=True)
+@microvm.group(cls=Commands, invoke_without_command=True)
 @click.option("-a", "--all", "bridges", is_flag=True, help="Show bridges too.")
 @JSON
 @click.pass_context
@@ -546,7 +551,7 @@ def check_pci(vm: str, as_json: bool) -> None:
     pci_commands.check(vm, HOST, as_json=as_json)
 
 
-@microvm.group(invoke_without_command=True)
+@microvm.group(cls=Commands, invoke_without_command=True)
 @JSON
 @click.pass_context
 def network(context: click.Context, as_json: bool) -> None:
@@ -645,12 +650,12 @@ def apply(dry_run: bool, as_json: bool) -> None:
                         "changed": outcome.changed,
                         "message": outcome.text,
                         "failed": outcome.error is not None,
+                        "undeclared": outcome.is_undeclared,
                     }
                     for outcome in outcomes
                 ],
                 indent=2,
             )
-                        "undeclared": outcome.is_undeclared,
         )
     elif not outcomes:
         click.echo(f"no declarations in {HOST.declarations}", err=True)

@@ -16,15 +16,20 @@ ALIASES: Mapping[str, str] = {"ls": "list", "ps": "list", "rm": "remove"}
 # What other tools call it -> what to type here.
 _ELSEWHERE = {
     "attach": "microvm console",
+    "autostart": "systemctl enable microvm@NAME",
+    "cat": "microvm status",
     "define": "microvm create",
     "delete": "microvm remove",
     "destroy": "microvm stop",
     "disable": "systemctl disable microvm@NAME",
     "dominfo": "microvm status",
-    "edit": "microvm apply, after a change in /etc/microvms",
+    "dumpxml": "microvm show",
+    "edit": "editor /etc/microvms/NAME.toml && microvm apply",
     "enable": "systemctl enable microvm@NAME",
+    "help": "microvm --help",
     "info": "microvm status",
     "inspect": "microvm status --json",
+    "journal": "microvm logs",
     "kill": "systemctl kill microvm@NAME",
     "login": "microvm console",
     "poweroff": "microvm stop",
@@ -32,17 +37,21 @@ _ELSEWHERE = {
     "reload": "microvm apply",
     "shell": "microvm ssh",
     "shutdown": "microvm stop",
+    "suspend": "microvm pause",
     "terminate": "microvm stop",
+    "top": "systemd-cgtop machine.slice",
     "undefine": "microvm remove",
+    "unpause": "microvm resume",
     "upgrade": "microvm update",
+    "version": "microvm --version",
 }
 
 
 class Commands(click.Group):
-    """`microvm` itself."""
+    """`microvm` itself, and its sub-commands that have some of their own."""
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        return super().get_command(ctx, ALIASES.get(cmd_name, cmd_name))
+        return super().get_command(ctx, _own_name(ctx, cmd_name))
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -51,12 +60,17 @@ class Commands(click.Group):
         if name and not name.startswith("-") and self.get_command(ctx, name) is None:
             from ..declaration.nearest import nearest
 
-            meant = _ELSEWHERE.get(name) or nearest(name, self.list_commands(ctx))
-            if meant and " " not in meant:
-                meant = f"microvm {meant}"
+            meant = nearest(name, self.list_commands(ctx))
+            meant = meant and f"{ctx.command_path} {meant}"
+            if ctx.parent is None:
+                meant = _ELSEWHERE.get(name, meant)
             ctx.fail(f"No such command {name!r}." + (f" Did you mean `{meant}`?" if meant else ""))
         # By its own name from here on, in its help too.
-        return super().resolve_command(ctx, [ALIASES.get(name, name), *args[1:]])
+        return super().resolve_command(ctx, [_own_name(ctx, name), *args[1:]])
+
+
+def _own_name(ctx: click.Context, name: str) -> str:
+    return ALIASES.get(name, name) if ctx.parent is None else name
 
 
 def run(group: click.Group, arguments: list[str]) -> int:

@@ -45,7 +45,7 @@ def _each(vms: Sequence[str], do: Callable[[str], str]) -> None:
         try:
             click.echo(f"{vm}: {do(vm)}")
         except MicrovmHostError as error:
-            click.echo(f"microvm: {vm}: {error}", err=True)
+            click.echo(f"microvm: {error}", err=True)
             failed = failed or error
     if failed:
         sys.exit(failed.exit_code)

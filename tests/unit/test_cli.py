@@ -127,6 +127,11 @@ def test_version() -> None:
         (["lits"], "No such command 'lits'. Did you mean `microvm list`?"),
         (["shutdown", "web"], "Did you mean `microvm stop`?"),
         (["enable", "web"], "Did you mean `systemctl enable microvm@NAME`?"),
+        (["help"], "Did you mean `microvm --help`?"),
+        (["pci", "chek", "web"], "No such command 'chek'. Did you mean `microvm pci check`?"),
+        (["network", "enalbe"], "Did you mean `microvm network enable`?"),
+        # Other names are those of the command itself.
+        (["network", "ls"], "No such command 'ls'."),
         (["--no-such"], "No such option"),
         (["create"], "Missing argument"),
         (["start"], "Missing argument"),

@@ -27,6 +27,8 @@ def test_vm_names(name: str) -> None:
         ("a/b", "cannot be"),
         ("a b", "cannot be"),
         ("a@b", "cannot be"),
+        ("microvm@a", "'microvm@a' is a unit, not the name of a VM; did you mean a?"),
+        ("microvm@a.service", "did you mean a?"),
         ("a\\x2db", "cannot be"),
         ("ä", "cannot be"),
         ("a\n", "'a\\n' cannot be"),
