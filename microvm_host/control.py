@@ -16,7 +16,7 @@ import stat
 import time
 from _socket import AF_UNIX, SOCK_CLOEXEC, SOCK_STREAM, socket
 
-from .errors import MicrovmHostError
+from .errors import MicrovmHostError, NoGuest
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -42,8 +42,10 @@ PAUSED = (
     *("io-error", "paused", "prelaunch", "debug", "internal-error", "guest-panicked"),
     *("suspended", "watchdog", "shutdown", "postmigrate"),
 )
-# A stop resumes these, since the guest would go on as if nothing had been. One in `prelaunch` has
-# never run, and QEMU refuses to resume the rest.
+# In these there is no guest: it has never run, has powered off (-no-shutdown), or runs elsewhere.
+NO_GUEST = ("prelaunch", "shutdown", "postmigrate")
+# A stop resumes these, since the guest would go on as if nothing had been. QEMU refuses to resume
+# the rest.
 RESUMABLE = ("io-error", "paused", "debug", "suspended", "watchdog")
 # The command that resumes a guest, where it is not `cont`.
 _RESUMES = {"suspended": "system_wakeup"}
@@ -82,6 +84,7 @@ def press(protocol: str, path: str, within: float) -> Pressed:
         within: seconds until the exchange is given up.
 
     Raises:
+        NoGuest: there is none.
         MicrovmHostError: the hypervisor cannot be reached, refuses, or does not answer sensibly.
     """
     hypervisor = Hypervisor(protocol, path, within)
@@ -173,7 +176,11 @@ class Hypervisor:
             self._request("PUT", "/actions", b'{"action_type":"SendCtrlAltDel"}')
 
     def wake(self) -> str:
-        """Resume a paused guest that can go on; gives what there is to say of it."""
+        """Resume a paused guest that can go on; gives what there is to say of it.
+
+        Raises:
+            NoGuest: there is none.
+        """
         try:
             state = self.state()
         except Refusal:
@@ -181,6 +188,8 @@ class Hypervisor:
             return ""
         if state in ("", RUNNING):
             return ""
+        if state in NO_GUEST:
+            raise NoGuest(f"no guest runs in the hypervisor ({state})")
         if state not in RESUMABLE:
             return f"the guest is stopped ({state}) and cannot react"
         try:

@@ -57,6 +57,10 @@ class PackageError(MicrovmHostError):
     exit_code = EXIT_CONFIG
 
 
+class NoGuest(MicrovmHostError):
+    """The hypervisor runs, and no guest in it that could be asked to shut down."""
+
+
 class DeclarationError(MicrovmHostError):
     """A declaration under `/etc/microvms` that is wrong: exit code 78."""
 

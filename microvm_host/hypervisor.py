@@ -28,7 +28,7 @@ from _signal import (
 )
 
 from . import log, timespan
-from .errors import MicrovmHostError, PackageError
+from .errors import MicrovmHostError, NoGuest, PackageError
 from .frozen import frozen
 
 TYPE_CHECKING = False
@@ -60,7 +60,10 @@ if TYPE_CHECKING:
         may_work_later: bool
 
         def ask(self, _within: float) -> Asking:
-            """Ask. Raises MicrovmHostError if that cannot be done, within so many seconds."""
+            """Ask. Raises MicrovmHostError if that cannot be done, within so many seconds.
+
+            NoGuest if there is nobody to ask.
+            """
 
 
 # Python ignores these, and who is executed by it would inherit that.
@@ -170,11 +173,16 @@ def stop(main_pid: int, ways: Sequence[Way], times: Times) -> None:
         return
     clock = Clock()
     try:
-        if not ways:
-            log.notice(
-                "the package has neither bin/microvm-shutdown nor a control socket: ending the "
-                "hypervisor by SIGTERM"
-            )
+        reason = nobody = ""
+        try:
+            if ways:
+                reason = _ask_until_ended(main, list(ways), times, clock)
+            else:
+                nobody = "the package has neither bin/microvm-shutdown nor a control socket"
+        except NoGuest as error:
+            nobody = error.message
+        if nobody:
+            log.notice(f"{nobody}: ending the hypervisor by SIGTERM")
             if _signalled(main, SIGTERM, times.terminate):
                 told = (
                     f"the hypervisor ended by SIGTERM in {clock.seconds:.1f} s, the guest could "
@@ -184,10 +192,9 @@ def stop(main_pid: int, ways: Sequence[Way], times: Times) -> None:
                 log.status(told)
                 return
             reason = f"the hypervisor does not end within {times.terminate:.3g} s"
+        elif not reason:
+            return
         else:
-            reason = _ask_until_ended(main, list(ways), times, clock)
-            if not reason:
-                return
             log.error(f"at {clock.seconds:.1f} s: {reason}: sending SIGTERM to the hypervisor")
             if _signalled(main, SIGTERM, times.terminate):
                 raise MicrovmHostError(
@@ -212,7 +219,11 @@ def stop(main_pid: int, ways: Sequence[Way], times: Times) -> None:
 
 
 def _ask_until_ended(main: int, ways: list[Way], times: Times, clock: Clock) -> str:
-    """Ask in each way in turn; gives why the guest has not shut down, nothing if it has."""
+    """Ask in each way in turn; gives why the guest has not shut down, nothing if it has.
+
+    Raises:
+        NoGuest: there is none.
+    """
     asked: list[str] = []
     said: set[str] = set()
     turn = 0
@@ -226,6 +237,8 @@ def _ask_until_ended(main: int, ways: list[Way], times: Times, clock: Clock) -> 
         log.status(f"Asking the guest to shut down by {way.name}, {clock.seconds:.0f} s")
         try:
             asking = way.ask(min(BUTTON_WITHIN, until - clock.seconds))
+        except NoGuest:
+            raise
         except MicrovmHostError as error:
             if str(error) not in said:
                 said.add(str(error))
@@ -351,6 +364,8 @@ class Button:
 
         try:
             remark = control.wake(self._protocol, self._path, within)
+        except NoGuest:
+            raise
         except MicrovmHostError:
             # Who asks the guest next says what is wrong.
             return

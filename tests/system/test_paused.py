@@ -45,6 +45,7 @@ def test_a_full_disk_is_seen_and_resumed(toolkit: Toolkit, vm: str) -> None:
             "the guest is not seen to be paused",
         )
         assert state == f"{vm}: current({vm}), paused(io-error): microvm resume {vm}"
+        assert toolkit.sh(f"microvm list {vm}").splitlines()[-1].endswith("  io-error")
         # At the moment when it happened.
         toolkit.await_line(vm, "vm_state_notify running 0 reason")
         assert any("(io-error)" in line for line in toolkit.journal(vm))
@@ -71,3 +72,17 @@ def test_a_full_disk_is_seen_and_resumed(toolkit: Toolkit, vm: str) -> None:
         assert result == "success"
     finally:
         toolkit.sh(f"systemctl stop microvm@{vm}; umount {full}", check=False)
+
+
+def test_a_guest_that_has_never_run_is_not_waited_for(toolkit: Toolkit, vm: str) -> None:
+    declare(toolkit, guest(vm, qemu_args=("-S",), **control(vm)))
+    start(toolkit, vm, ready=False)
+    eventually(
+        lambda: listed(toolkit, vm),
+        lambda line: "paused(prelaunch)" in line,
+        30,
+        "the guest is not seen to wait",
+    )
+    lines, result, seconds = stop(toolkit, vm)
+    assert "no guest runs in the hypervisor (prelaunch): ending the hypervisor by SIGTERM" in lines
+    assert (result, seconds < 20) == ("success", True)

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from microvm_host import control
-from microvm_host.errors import MicrovmHostError
+from microvm_host.errors import MicrovmHostError, NoGuest
 
 Answer = Callable[[socket.socket], None]
 WITHIN = 0.5  # seconds, more than any honest fake needs
@@ -159,7 +159,15 @@ def test_a_paused_guest_is_resumed_first(
     assert control.wake("qmp", path, WITHIN) == remark
 
 
-@pytest.mark.parametrize("status", ["internal-error", "prelaunch", "guest-panicked"])
+@pytest.mark.parametrize("status", ["prelaunch", "shutdown", "postmigrate"])
+def test_qmp_tells_that_there_is_no_guest(listen: Callable[[Answer], str], status: str) -> None:
+    path = listen(fake_qemu([], status=status))
+    for ask in (control.press, control.wake):
+        with pytest.raises(NoGuest, match=f"^no guest runs in the hypervisor \\({status}\\)$"):
+            ask("qmp", path, WITHIN)
+
+
+@pytest.mark.parametrize("status", ["internal-error", "guest-panicked"])
 def test_qmp_tells_why_the_guest_cannot_react(listen: Callable[[Answer], str], status: str) -> None:
     pressed = control.press("qmp", listen(fake_qemu([], status=status)), WITHIN)
     assert pressed.remark == f"the guest is stopped ({status}) and cannot react"

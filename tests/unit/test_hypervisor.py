@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from microvm_host import hypervisor, log
-from microvm_host.errors import MicrovmHostError, PackageError
+from microvm_host.errors import MicrovmHostError, NoGuest, PackageError
 from microvm_host.hypervisor import Times
 
 from . import packages
@@ -260,6 +260,8 @@ class FakeWay:
 
     def ask(self, _within: float) -> FakeWay:
         turn = self.turns.pop(0)
+        if turn.startswith("!!"):
+            raise NoGuest(turn)
         if turn.startswith("!"):
             raise MicrovmHostError(turn)
         subprocess.run(["/bin/sh", "-c", turn], check=True)
@@ -296,6 +298,17 @@ def test_a_way_that_fails_is_tried_again_and_told_of_once(main: Start, said: lis
     (told,) = [line for line in said if "!no" in line]
     assert re.fullmatch(r"warning: at \d+\.\d s: !no", told)
     assert said[-1].startswith("info: the guest powered off in ")
+
+
+@pytest.mark.parametrize("turns", [["!!none"], ["true", "!no", "!!none"]])
+def test_nobody_waits_for_a_guest_that_there_is_not(
+    main: Start, said: list[str], turns: list[str]
+) -> None:
+    child = main("exec sleep 60")
+    stop(child.pid, FakeWay("a", turns), ask_again=0.1)
+    assert child.wait(30) == -15
+    assert said[-2] == "notice: !!none: ending the hypervisor by SIGTERM"
+    assert said[-1].endswith("s, the guest could not be asked")
 
 
 def test_ended_before_it_could_be_asked(main: Start, said: list[str]) -> None:
