@@ -639,8 +639,9 @@ def apply(dry_run: bool, as_json: bool) -> None:
         elif not as_json:
             click.echo(outcome.text)
     if not dry_run:
-        done = [each for each in outcomes if each.error is None and not each.is_undeclared]
-        emulation.warn([outcome.name for outcome in done], HOST)
+        # What has not changed was said before, and to find it out again would take long.
+        new = [each for each in outcomes if each.changed and each.error is None]
+        emulation.warn([each.name for each in new if not each.is_undeclared], HOST)
     if as_json:
         click.echo(
             json.dumps(

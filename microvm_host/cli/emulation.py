@@ -24,6 +24,9 @@ def reason(vm: str, package: runner.Package, host: HostPaths) -> str | None:
     """Why a VM's guest is emulated; None if it is not."""
     if package.hypervisor != _EMULATES:
         return None
+    # Of the user asks systemd, which takes milliseconds for each VM.
+    if why := kvm.why_not(None, host):
+        return why
     try:
         identity = service.identity(vm)
     except MicrovmHostError:

@@ -14,7 +14,17 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from microvm_host import __version__, attach, console, install, source, state, systemd
+from microvm_host import (
+    __version__,
+    apply,
+    attach,
+    console,
+    install,
+    service,
+    source,
+    state,
+    systemd,
+)
 from microvm_host.cli import access, commands, entry, jobs
 from microvm_host.errors import MicrovmHostError
 from microvm_host.paths import HostPaths
@@ -594,6 +604,33 @@ def test_check_of_a_declaration(
 def test_apply_with_nothing_declared(capfd: pytest.CaptureFixture[str], host: HostPaths) -> None:
     code, out, err = run(capfd, "apply", "--dry-run")
     assert (code, out, err) == (0, "", f"no declarations in {host.declarations}\n")
+
+
+def test_apply_looks_for_kvm_where_something_changed(
+    capfd: pytest.CaptureFixture[str], host: HostPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def identity(vm: str) -> None:
+        asked.append(vm)
+        raise MicrovmHostError("nobody")
+
+    outcomes = [apply.Outcome("old", "old: up to date", False), apply.Outcome("new", "new", True)]
+    monkeypatch.setattr(commands, "_as_root", lambda: None)
+    monkeypatch.setattr(service, "identity", identity)
+    monkeypatch.setattr(apply, "apply", lambda *_, **__: iter(outcomes))
+    for vm in ("old", "new"):
+        package = packages.minimal(Path(host.at(f"/packages/{vm}")))
+        packages.put(package / "share/microvm", "hypervisor", "qemu\n")
+        os.makedirs(host.vm(vm))
+        os.symlink(package, host.current(vm))
+    slow = "without KVM, about ten times slower"
+    assert f"microvm: new: {slow}" in run(capfd, "apply")[2]
+    # The CPU was enough to know it.
+    assert asked == []
+    has_kvm(host)
+    assert run(capfd, "apply")[2] == ""
+    assert asked == ["new"]
 
 
 def test_apply_dry_run(capfd: pytest.CaptureFixture[str], host: HostPaths, web: Package) -> None:
