@@ -51,7 +51,7 @@ def assignments(unit: str, vm: str, by: trust.Suspect | None, host: HostPaths) -
                 # Without it systemd starts no process, or it is one that may be missing.
                 continue
             except OSError as error:
-                log.warning(f"{file}: its settings cannot be gone by here: {error.strerror}", vm=vm)
+                log.warning(f"{file}: its settings cannot be read here: {error.strerror}", vm=vm)
     # systemd takes these away last. Those with a value it takes away only where that is the value.
     return [*found, *(f"{name}=" for name in unset if "=" not in name)]
 

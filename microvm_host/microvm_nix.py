@@ -60,8 +60,8 @@ def notices(package: Package, state_directory: str) -> list[str]:
     if relative and package.has_virtiofsd_run:
         shown = " ".join(shlex.quote(f"{state_directory}/{each}") for each in relative)
         found.append(
-            f"{_VIRTIOFSD_RUN} exports directories in the state directory as root, which have to "
-            f"be root's themselves, whoever what is in them belongs to: chown root: {shown}"
+            f"{_VIRTIOFSD_RUN} exports directories of the state directory as root, so that they "
+            f"must belong to root, with files of any owner: chown root: {shown}"
         )
     return found
 

@@ -99,7 +99,7 @@ def require(name: str, paths: Callable[[], Iterable[str]], host: HostPaths) -> b
             return bool(units)
         for unit, path in needed:
             _mount(unit, path, name, host)
-    raise MicrovmHostError("lies on ever more mounts", path=needed[0][1])
+    raise MicrovmHostError("has mounts below mounts without an end", path=needed[0][1])
 
 
 def _needed(

@@ -631,7 +631,7 @@ def _await_closed(address: str, in_use: set[str], host: HostPaths) -> None:
     if group is None or not _is_open(group, host):
         return
     if group not in in_use:
-        for _ in pci_lock.patiently(LETS_GO_WITHIN, f"waiting until {address} is in use no more"):
+        for _ in pci_lock.patiently(LETS_GO_WITHIN, f"waiting until nothing uses {address}"):
             if not _is_open(group, host):
                 return
     in_use.add(group)

@@ -203,7 +203,7 @@ def adopt(vm: str, former: str | None, user: str | None) -> None:
         if user is not None:
             if os.path.exists(HOST.declaration(vm)):
                 raise MicrovmHostError(
-                    f"microVM {vm} is declared, and its declaration says whom it runs as",
+                    f"microVM {vm} is declared, and its declaration says which user it has",
                     path=HOST.declaration(vm),
                     hint=f'write user = "{users.checked(user)}" there',
                 )
@@ -611,7 +611,9 @@ def remove(vms: tuple[str, ...], yes: bool) -> None:
     for vm in chosen:
         question = f"Delete {vm} with all of its disks and data in {HOST.vm(vm)}?"
         if not yes and not _confirmed(question):
-            raise MicrovmHostError(f"{vm} stays: nobody said yes", hint="--yes does not ask")
+            raise MicrovmHostError(
+                f"{vm} was not deleted: nobody confirmed it", hint="--yes deletes it unasked"
+            )
         with removal.kept_down(vm, HOST):
             removal.check(vm, HOST)
             jobs.disable(vm)

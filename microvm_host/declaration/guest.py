@@ -474,7 +474,7 @@ class _Reader:
         if socket and not names.is_socket_path(path):
             raise self._wrong(
                 (*at, "socket"),
-                f"shares.socket = {socket!r} makes a path that no socket can have, for its "
+                f"shares.socket = {socket!r} makes a path that is too long for a socket, with "
                 f"{len(path.encode())} bytes: {path}",
                 "give it a shorter name, or none",
             )
@@ -614,7 +614,7 @@ def _check_claims(name: str, document: Document, others: claims.Claims, host_id:
         # By another path. What stands there twice has been told already.
         mine = {claim: [str(at)] for claim, at in own.items() if at != wish.at}
         if what in (claims.IMAGE, claims.SOCKET) and claims.holder(mine, wish.claim, ""):
-            raise document.error(wish.at, f"{what} {text} is there twice, by another path")
+            raise document.error(wish.at, f"{what} {text} is given twice, by different paths")
         own.setdefault(wish.claim, wish.at)
 
 

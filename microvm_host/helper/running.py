@@ -155,7 +155,7 @@ def _become_user_of_start(name: str, host: HostPaths) -> None:
         os.setresuid(identity.uid, identity.uid, identity.uid)
     except PermissionError as error:
         raise MicrovmHostError(
-            f"the guest cannot be asked as user {identity.user}, by whom it was started",
+            f"cannot ask the guest to shut down as {identity.user}, the user of its start",
             hint="CapabilityBoundingSet= of the unit needs CAP_SETUID and CAP_SETGID",
         ) from error
 

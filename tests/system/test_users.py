@@ -111,7 +111,7 @@ def test_a_declared_vm(toolkit: Toolkit, vm: str) -> None:
     user = f"microvm-{vm}"
     assert toolkit.property(f"microvm@{vm}", "User") == user
     refused = toolkit.host.run(["microvm", "adopt", vm, "--user", "auto"], check=False)
-    assert "its declaration says whom it runs as" in refused.stderr
+    assert "its declaration says which user it has" in refused.stderr
     toolkit.sh(f"echo root >/var/lib/microvms/{vm}/roots; chmod 644 /var/lib/microvms/{vm}/roots")
     done = toolkit.host.run(["microvm", "adopt", vm])
     assert done.stdout == f"{vm}: runs as {user}, who was given 1 files\n"

@@ -87,7 +87,7 @@ def test_one_image_twice_in_a_vm(host: HostPaths, root: Path) -> None:
     (root / "a.img").write_text("data")
     (root / "b.img").symlink_to("a.img")
     twice = disk(root / "a.img") + disk(root / "b.img")
-    assert refusal(host, twice, "") == f"image {root}/b.img is there twice, by another path"
+    assert refusal(host, twice, "") == f"image {root}/b.img is given twice, by different paths"
     more = disk(root / "a.img", "readOnly = true") + disk(root / "b.img", "readOnly = true")
     assert refusal(host, more, "") == ""
     assert refusal(host, disk("a.img") + disk(f"{host.vm('web')}/a.img"), "")

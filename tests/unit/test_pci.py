@@ -1052,7 +1052,7 @@ def test_still_open(
         assert sysfs.driver_of(VMD) == "vfio-pci"
         kernel.opened.clear()
     assert given_back(sysfs, record) == []
-    assert waits[0] == f"waiting until {VMD} is in use no more"
+    assert waits[0] == f"waiting until nothing uses {VMD}"
     assert sysfs.picture() == before
 
 
