@@ -53,8 +53,8 @@ def vm_name(text: str) -> str:
     """Check the name of a VM, which is a directory and a unit's instance at once."""
     if not text:
         raise NameInvalid("the name of a VM is empty")
-    if text.startswith("microvm@"):
-        vm = text.removeprefix("microvm@").removesuffix(".service")
+    vm = text.removeprefix("microvm@").removesuffix(".service")
+    if text.startswith("microvm@") and vm and _VM_NAME.issuperset(vm):
         raise NameInvalid(f"{text!r} is a unit, not the name of a VM", hint=f"did you mean {vm}?")
     if not _VM_NAME.issuperset(text) or text[0] in ".-":
         raise NameInvalid(

@@ -28,6 +28,8 @@ def test_vm_names(name: str) -> None:
         ("a b", "cannot be"),
         ("a@b", "cannot be"),
         ("microvm@a", "'microvm@a' is a unit, not the name of a VM; did you mean a?"),
+        ("microvm@a\nb", "'microvm@a\\nb' cannot be the name of a VM"),
+        ("microvm@", "'microvm@' cannot be the name of a VM"),
         ("microvm@a.service", "did you mean a?"),
         ("a\\x2db", "cannot be"),
         ("ä", "cannot be"),
