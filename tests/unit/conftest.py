@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,19 @@ def no_service(monkeypatch: pytest.MonkeyPatch) -> None:
         *("MICROVM_READINESS", "MICROVM_SHUTDOWN_SECONDS", "NOTIFY_SOCKET", "SYSTEMD_EXEC_PID"),
     ):
         monkeypatch.delenv(variable, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def same_signals() -> Iterator[None]:
+    """What becomes another program gives up Python's signals, and in a test it does not become one.
+
+    With SIGPIPE at its default, a fake that writes to a closed socket would end the whole run.
+    """
+    numbers = (signal.SIGPIPE, signal.SIGXFSZ)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, action in zip(numbers, before, strict=True):
+        signal.signal(number, action)
 
 
 @pytest.fixture
