@@ -191,7 +191,7 @@ def stop(main_pid: int, ways: Sequence[Way], times: Times) -> None:
                 log.info(told)
                 log.status(told)
                 return
-            reason = f"the hypervisor does not end within {times.terminate:.3g} s"
+            reason = f"the hypervisor does not end within {_for_people(times.terminate)} s"
         elif not reason:
             return
         else:
@@ -218,6 +218,11 @@ def stop(main_pid: int, ways: Sequence[Way], times: Times) -> None:
         os.close(main)
 
 
+def _for_people(seconds: float) -> str:
+    """What was given, not what was left of it when the helper had started."""
+    return f"{seconds:.0f}" if seconds > 1 else f"{seconds:.1g}"
+
+
 def _ask_until_ended(main: int, ways: list[Way], times: Times, clock: Clock) -> str:
     """Ask in each way in turn; gives why the guest has not shut down, nothing if it has.
 
@@ -231,7 +236,7 @@ def _ask_until_ended(main: int, ways: list[Way], times: Times, clock: Clock) -> 
     heard = None
     while not _ended(main, within=0):
         if clock.seconds >= times.guest:
-            return f"the guest did not shut down within {times.guest:.3g} s"
+            return f"the guest did not shut down within {_for_people(times.guest)} s"
         way = ways[turn % len(ways)]
         until = min(clock.seconds + patience, times.guest)
         log.status(f"Asking the guest to shut down by {way.name}, {clock.seconds:.0f} s")

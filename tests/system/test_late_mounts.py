@@ -70,7 +70,8 @@ def test_a_declared_vm_is_installed_from_what_is_mounted_late(
 ) -> None:
     """Kernel, state directory and disk, each on that mount."""
     toolkit.sh(
-        f"cp {IMAGE}/vmlinuz {IMAGE}/initrd /opt/{vm}-data/; "
+        # Root copies the kernel from where the VM's user cannot replace it.
+        f"chmod 755 /opt/{vm}-data; cp {IMAGE}/vmlinuz {IMAGE}/initrd /opt/{vm}-data/; "
         f"ln -s {late}/disks /srv/{vm}-disks; mkdir -m 777 /opt/{vm}-data/disks"
     )
     toolkit.host.write(

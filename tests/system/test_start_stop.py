@@ -409,7 +409,7 @@ def test_a_guest_that_does_not_listen_makes_the_stop_a_failure(toolkit: Toolkit,
     toolkit.systemctl("start", f"microvm@{vm}")
     stopped = toolkit.host.run(["microvm", "stop", vm], check=False)
     assert stopped.returncode == 1
-    assert "the guest did not shut down within 2 s" in stopped.stderr
+    assert "the guest did not shut down within " in stopped.stderr
     assert toolkit.property(f"microvm@{vm}", "ActiveState") == "failed"
     assert toolkit.sh("pgrep -a sleep", check=False) == ""
 
