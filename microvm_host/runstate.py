@@ -202,7 +202,7 @@ def resume(vm: Running) -> str:
             hypervisor.resume(state)
         except control.Refusal as error:
             raise MicrovmHostError(
-                f"the guest is paused ({state}), and the hypervisor refuses to resume it",
+                f"microVM {vm.name} is paused ({state}), and its hypervisor refuses to resume it",
                 hint=f"microvm restart {vm.name}",
             ) from error
         deadline = time.monotonic() + PAUSES_AGAIN_WITHIN
@@ -211,7 +211,7 @@ def resume(vm: Running) -> str:
             again = hypervisor.state()
             if again == state and state == "io-error":
                 raise MicrovmHostError(
-                    "the hypervisor has paused the guest again (io-error)",
+                    f"the hypervisor has paused microVM {vm.name} again (io-error)",
                     hint="one of its disks cannot be written: free space on its file system",
                 )
         return state

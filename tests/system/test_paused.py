@@ -54,7 +54,7 @@ def test_a_full_disk_is_seen_and_resumed(toolkit: Toolkit, vm: str) -> None:
         refused = toolkit.host.run(["microvm", "resume", vm], check=False)
         assert refused.returncode == 1
         assert refused.stderr == (
-            f"microvm: {vm}: the hypervisor has paused the guest again (io-error); "
+            f"microvm: the hypervisor has paused microVM {vm} again (io-error); "
             "one of its disks cannot be written: free space on its file system\n"
         )
         toolkit.sh(f"rm {full}/fill")

@@ -130,7 +130,7 @@ def test_pause_and_resume(host: HostPaths, vm: Callable[..., None]) -> None:
 
 def test_a_disk_that_is_still_full(host: HostPaths, vm: Callable[..., None]) -> None:
     vm("web", qemu(["io-error"], wakes=False))
-    with pytest.raises(MicrovmHostError, match=r"paused the guest again \(io-error\)") as caught:
+    with pytest.raises(MicrovmHostError, match=r"paused microVM web again \(io-error\)") as caught:
         runstate.resume(running(host, "web"))
     assert "free space" in caught.value.hint
 
