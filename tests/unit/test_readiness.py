@@ -363,12 +363,15 @@ def test_a_sender_whose_end_does_not_come(start: Start) -> None:
     assert running.ended()
 
 
-def test_in_pieces(start: Start) -> None:
+def test_in_pieces(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Longer than a busy machine keeps this process waiting between two pieces.
+    monkeypatch.setattr(readiness, "SILENCE", 10.0)
     running = start()
     with running.connect() as guest:
         for piece in (b"REA", b"DY", b"=1\nSTA"):
             guest.sendall(piece)
             time.sleep(0.01)
+        guest.shutdown(socket.SHUT_WR)
     assert running.ended()
 
 
